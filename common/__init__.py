@@ -1,0 +1,1 @@
+"""What the seven stages share: blocks, noise schedule, data, training, sampling, checkpoints, commands."""

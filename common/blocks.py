@@ -1,0 +1,125 @@
+"""The building blocks of every stage's U-Net."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ActivationFn = Callable[[], nn.Module]
+
+ACTIVATIONS: dict[str, ActivationFn] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "leakyrelu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+}
+
+
+class PositionalEncoding(nn.Module):
+    """The sinusoids of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), looked up by time step.
+
+    Column 2k is sin(t / 10000^(2k/dim)), column 2k + 1 is cos of the same angle.
+
+    Args:
+        dim: width of the encoding, even.
+        max_len: how many time steps there are; `t` runs from 0 to max_len - 1.
+    """
+
+    table: Tensor
+
+    def __init__(self, dim: int, max_len: int):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim must be even, got {dim}")
+        t = torch.arange(max_len, dtype=torch.float64)[:, None]
+        frequency = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64) * (-math.log(10000.0) / dim))
+        table = torch.stack([torch.sin(t * frequency), torch.cos(t * frequency)], dim=-1)  # (max_len, dim/2, 2)
+        self.register_buffer("table", table.reshape(max_len, dim).float(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: int64 (B,). Returns float (B, dim)."""
+        return self.table[t]
+
+
+class TimestepBlock(nn.Module):
+    """Base class of the modules whose `forward` takes the time step's embedding beside the image: `(x, emb)`."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: (B, C, H, W). emb: (B, embed_dim)."""
+        raise NotImplementedError
+
+
+class TimestepBlockSequential(nn.Sequential, TimestepBlock):
+    """A Sequential that hands `emb` to those of its members that are TimestepBlocks."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        """x: (B, C, H, W). emb: (B, embed_dim)."""
+        for module in self:
+            x = module(x, emb) if isinstance(module, TimestepBlock) else module(x)
+        return x
+
+
+class ResnetBlock(TimestepBlock):
+    """Two 3x3 convolutions with the time step added between them, and a shortcut around both.
+
+    The residual block of DDPM (arXiv:2006.11239, appendix B) without its dropout.
+
+    Args:
+        in_channels, out_channels: both must be multiples of num_groups.
+        embed_dim: width of the time step's embedding.
+        num_groups: groups of both GroupNorms.
+        activation_fn: makes the activation, for example `nn.SiLU`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embed_dim: int,
+        num_groups: int = 32,
+        activation_fn: ActivationFn = nn.SiLU,
+    ):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels)
+        self.act1 = activation_fn()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.embed_proj = nn.Linear(embed_dim, out_channels)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels)
+        self.act2 = activation_fn()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: (B, in_channels, H, W). emb: (B, embed_dim). Returns (B, out_channels, H, W)."""
+        h = self.conv1(self.act1(self.norm1(x)))
+        h = h + self.embed_proj(emb)[:, :, None, None]
+        h = self.conv2(self.act2(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a strided 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns (B, C, H/2, W/2)."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbours, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns (B, C, 2H, 2W)."""
+        return self.conv(self.upsample(x))

@@ -1,0 +1,85 @@
+"""One file that holds everything a run needs to go on, written atomically."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+FORMAT = 1
+
+
+class Checkpoint(TypedDict):
+    """What `checkpoint.pt` holds: tensors and plain Python values, so that `weights_only=True` loads it."""
+
+    format: int  # FORMAT of the version that wrote it
+    stage: str  # name of the script, without .py
+    model_options: dict[str, Any]  # the stage's model options, as on the command line
+    training_options: dict[str, Any]  # the fields of TrainingOptions
+    progress: dict[str, Any]  # the fields of Progress
+    model: dict[str, Tensor]  # state dict of the trained weights
+    ema: dict[str, Tensor]  # state dict of the averaged weights
+    optimizer: dict[int, Any]  # Adam's moments
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes the checkpoint; until it is whole and on the disk, the one before stays."""
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load(path: Path, stage: str) -> Checkpoint:
+    """Reads a checkpoint of the given stage into main memory.
+
+    Raises:
+        UserError: there is none, it is damaged, or it belongs to another stage or to another version of the project.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no checkpoint there; make one with: python {stage}.py train")
+    with reading(path):
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(contents, dict) or "format" not in contents or "stage" not in contents:
+        raise UserError(f"{path}: not a checkpoint of this project")
+    if contents["format"] != FORMAT:
+        raise UserError(f"{path}: written in format {contents['format']}, but this version reads format {FORMAT}")
+    if contents["stage"] != stage:
+        raise UserError(f"{path}: a checkpoint of {contents['stage']}.py, not of {stage}.py")
+    missing = Checkpoint.__annotations__.keys() - contents.keys()
+    if missing:
+        raise UserError(f"{path}: damaged: it lacks {', '.join(sorted(missing))}")
+    return contents  # type: ignore[return-value]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what unpacking a damaged or foreign checkpoint raises into a UserError that names the file."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a checkpoint of this project, or a damaged one: {reason[:200]}") from error
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file beside `path` and moves it there once it is written and on the disk.
+
+    Whatever happens in between, `path` is the old file, whole, or the new one, whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,390 @@
+"""The commands and options that all stages share."""
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from common import checkpoint
+from common.checkpoint import Checkpoint
+from common.data import DATASETS, load_images
+from common.errors import UsageError, UserError
+from common.sampling import SAMPLERS, sample_images, save_grid
+from common.schedule import NoiseSchedule
+from common.training import Trainer, TrainingOptions, train
+
+OptionGroup = argparse._ArgumentGroup
+
+FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a script of the chapter hands over.
+
+    Args:
+        file: the script; its name without .py is the stage's name.
+        description: its docstring, for --help.
+        add_options: adds the stage's own options, those of the model to the first group, those of the training to the
+            second. A checkpoint carries their values.
+        build_model: makes the model from the values of the model options. A ValueError becomes a usage error.
+        epochs: default of --epochs.
+    """
+
+    file: str
+    description: str | None
+    add_options: Callable[[OptionGroup, OptionGroup], None]
+    build_model: Callable[[argparse.Namespace], nn.Module]
+    epochs: int = TrainingOptions.epochs
+
+    @property
+    def name(self) -> str:
+        return Path(self.file).stem
+
+
+def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
+    options, typed = _parse(stage, argv)
+    command = {"train": _train, "test": _test}[options.command]
+    try:
+        sys.exit(command(stage, options, typed))
+    except UserError as error:
+        message, status = str(error), error.exit_status
+    except OSError as error:  # a full disk, say, or a folder that may not be written to
+        message, status = f"{error.filename or options.run_dir}: {error.strerror or error}", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    print(f"{stage.name}.py: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# The commands
+
+
+def _train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+    path = options.run_dir / "checkpoint.pt"
+    if path.exists() and not options.resume and not options.overwrite:
+        raise UsageError(
+            f"--run-dir {options.run_dir}: there is a run already; go on with it by --resume, "
+            "throw it away by --overwrite, or name another folder"
+        )
+    saved = checkpoint.load(path, stage.name) if path.exists() and options.resume else None
+    model_options = _model_options(stage, options, typed, path, saved)
+    training_options = _training_options(options, typed, path, saved)
+    device = _pick_device(options.device)
+    bf16 = _use_bf16(options.precision, device)
+    torch.manual_seed(training_options.seed)
+    model = _build_model(stage, model_options).to(device)
+    trainer = Trainer(stage.name, model_options, model, training_options, bf16)
+    if saved:
+        with checkpoint.reading(path):
+            trainer.restore(saved)
+    if options.compile:
+        model.compile()
+    images = load_images(training_options.dataset, options.data_dir, data_url=options.data_url).to(device)
+    if options.overwrite:
+        _remove_run(options.run_dir)
+
+    progress = trainer.progress
+    print(
+        f"{stage.name}: {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"{len(images):,} images of {training_options.dataset}; {device} in {'bf16' if bf16 else 'fp32'}; "
+        f"{training_options.epochs} epochs, {progress.epoch} done; {options.run_dir}",
+        flush=True,
+    )
+    received = train(
+        trainer,
+        images,
+        options.run_dir,
+        max_steps=options.max_steps,
+        sample_every=options.sample_every,
+        checkpoint_every=options.checkpoint_every,
+    )
+    done = f"{path}: {progress.epoch} of {training_options.epochs} epochs done, {progress.step} steps"
+    if progress.seen:
+        done += f", train loss {trainer.mean_loss():.4f} in the epoch under way"
+    print(f"{done}; draw pictures with: python {stage.name}.py test")
+    return 128 + received if received else 0
+
+
+def _test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+    path = options.checkpoint or options.run_dir / "checkpoint.pt"
+    output = options.output or path.parent / "samples.png"
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"argument --output: the name must end in .png, got {output}")
+    if options.output and not output.parent.is_dir():
+        raise UsageError(f"argument --output: no such folder: {output.parent}")
+    schedule = NoiseSchedule()
+    steps = options.steps or (schedule.steps if options.sampler == "ddpm" else 50)
+    if steps > schedule.steps:
+        raise UsageError(f"argument --steps: {schedule.steps} at most, got {steps}")
+    if options.sampler == "ddpm" and steps != schedule.steps:
+        raise UsageError(
+            f"argument --steps: ddpm takes {schedule.steps} steps, got {steps}; --sampler ddim takes fewer"
+        )
+
+    device = _pick_device(options.device)
+    saved = checkpoint.load(path, stage.name)
+    model_options = _model_options(stage, options, typed, path, saved)
+    model = _build_model(stage, model_options)
+    with checkpoint.reading(path):
+        model.load_state_dict(saved["ema"] if options.weights == "ema" else saved["model"])
+    model.to(device)
+    if options.compile:
+        model.compile()
+    images = sample_images(
+        model,
+        schedule.to(device),
+        options.num_images,
+        sampler=options.sampler,
+        steps=steps,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        bf16=_use_bf16(options.precision, device),
+        progress=True,
+    )
+    save_grid(images, output)
+    progress = saved["progress"]
+    print(
+        f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
+        f"after {progress['epoch']} epochs, {progress['step']} steps of training"
+    )
+    return 0
+
+
+def _model_options(
+    stage: Stage, options: argparse.Namespace, typed: set[str], path: Path, saved: Checkpoint | None
+) -> dict[str, Any]:
+    """The stage's model options: those of the checkpoint, if there is one."""
+    asked = {name: getattr(options, name) for name in _model_option_names(stage)}
+    if saved is None:
+        return asked
+    _refuse_contradictions({name: asked[name] for name in typed & asked.keys()}, saved["model_options"], path)
+    return saved["model_options"]
+
+
+def _training_options(
+    options: argparse.Namespace, typed: set[str], path: Path, saved: Checkpoint | None
+) -> TrainingOptions:
+    """The training options: those of the checkpoint, if there is one, changed by what was typed."""
+    asked = {f.name: getattr(options, f.name) for f in fields(TrainingOptions) if hasattr(options, f.name)}
+    if saved is None:
+        return TrainingOptions(**asked)
+    changed = {name: asked[name] for name in typed & asked.keys()}
+    _refuse_contradictions({n: changed[n] for n in changed if n in FIXED}, saved["training_options"], path)
+    return TrainingOptions(**{**saved["training_options"], **changed})
+
+
+def _refuse_contradictions(asked: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+    for name, value in asked.items():
+        if value != saved[name]:
+            now, then = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (value, saved[name]))
+            raise UsageError(
+                f"argument --{name.replace('_', '-')}: {now} contradicts {path}, which was made with {then}"
+            )
+
+
+def _build_model(stage: Stage, model_options: dict[str, Any]) -> nn.Module:
+    try:
+        return stage.build_model(argparse.Namespace(**model_options))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _remove_run(run_dir: Path) -> None:
+    for name in ("checkpoint.pt", "log.csv", "samples.png"):
+        (run_dir / name).unlink(missing_ok=True)
+    if (run_dir / "samples").exists():
+        shutil.rmtree(run_dir / "samples")
+
+
+def _pick_device(name: str) -> torch.device:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
+    if not there[name]:
+        raise UsageError(f"argument --device: this machine, or this build of PyTorch, has no {name}; try --device auto")
+    return torch.device(name)
+
+
+def _use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to run the model under bfloat16 autocast: "auto" does so where the hardware multiplies in bfloat16."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+# The command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, and adds its default to each option whose help does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.help and "default:" in action.help else super()._get_help_string(action)
+
+
+def _parse(stage: Stage, argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """The options' values, and the names of the options that the command line gives."""
+    parser, commands = _make_parser(stage)
+    options = parser.parse_args(argv)
+    for command in commands:  # what is not None without defaults was typed
+        command.set_defaults(**dict.fromkeys(vars(options)))
+    typed = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return options, typed
+
+
+def _model_option_names(stage: Stage) -> list[str]:
+    model, training = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+    stage.add_options(model.add_argument_group(), training.add_argument_group())
+    return list(vars(model.parse_args([])))
+
+
+def _make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
+    parser = _Parser(prog=f"{stage.name}.py", description=stage.description, formatter_class=_HelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,test}")
+    train = commands.add_parser("train", help="train the model", formatter_class=_HelpFormatter)
+    test = commands.add_parser("test", help="draw pictures from the trained model", formatter_class=_HelpFormatter)
+    for command in (train, test):
+        model = command.add_argument_group("model")
+        training = command.add_argument_group("training")
+        stage.add_options(model, training)
+        if command is train:
+            _add_training_options(training, stage)
+            _add_data_options(command.add_argument_group("data"))
+            _add_run_options(command.add_argument_group("run"))
+        else:
+            _add_sampling_options(command.add_argument_group("sampling"))
+        _add_common_options(command.add_argument_group("common"), stage)
+    return parser, [train, test]
+
+
+def _add_training_options(group: OptionGroup, stage: Stage) -> None:
+    new = TrainingOptions
+    group.add_argument("--epochs", type=positive_int, default=stage.epochs, help="passes over the training images")
+    group.add_argument("--batch-size", type=positive_int, default=new.batch_size, help="images per optimiser step")
+    group.add_argument("--lr", type=positive_float, default=new.lr, help="Adam's learning rate")
+    group.add_argument(
+        "--ema-decay", type=_decay, default=new.ema_decay, help="of the averaged weights, ramped up to; 0: no averaging"
+    )
+    group.add_argument("--seed", type=seed, default=new.seed, help="of weights, order, time steps, noise and flips")
+
+
+def _add_data_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded on first use, shapes is drawn"
+    )
+    group.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps the data set")
+    group.add_argument("--data-url", help="another address of cifar-10-python.tar.gz (default: the official one)")
+
+
+def _add_run_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--max-steps", type=positive_int, help="optimiser steps to stop after, in all (default: no limit)"
+    )
+    group.add_argument(
+        "--sample-every", type=non_negative_int, default=10, help="epochs between two sample grids; 0: none"
+    )
+    group.add_argument(
+        "--checkpoint-every", type=positive_int, help="steps between two checkpoints (default: one epoch)"
+    )
+    exclusive = group.add_mutually_exclusive_group()
+    exclusive.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the run folder, if there is one, with its options but for those given",
+    )
+    exclusive.add_argument("--overwrite", action="store_true", help="throw away the run in the run folder")
+
+
+def _add_sampling_options(group: OptionGroup) -> None:
+    group.add_argument("--num-images", type=positive_int, default=64, help="images in the grid")
+    group.add_argument("--seed", type=seed, default=0, help="of the noise")
+    group.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm takes every step, ddim a few")
+    group.add_argument("--steps", type=positive_int, help="time steps to visit (default: 1000 for ddpm, 50 for ddim)")
+    group.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as the last step left them"
+    )
+    group.add_argument("--batch-size", type=positive_int, default=256, help="images to draw at a time")
+    group.add_argument(
+        "--checkpoint", type=Path, help="file to take the model from (default: checkpoint.pt in the run folder)"
+    )
+    group.add_argument("--output", type=Path, help="PNG to write (default: samples.png beside the checkpoint)")
+
+
+def _add_common_options(group: OptionGroup, stage: Stage) -> None:
+    group.add_argument("--run-dir", type=Path, default=Path("runs") / stage.name, help="folder of the run")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the first of cuda, mps, cpu"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: bf16 autocast where the processor multiplies in bfloat16",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the model (needs a C++ compiler)",
+    )
+
+
+# Types of options: they turn a word of the command line into a value or say what is wrong with it
+
+
+def positive_int(word: str) -> int:
+    """A whole number, 1 or more."""
+    return _number(word, int, lambda value: value >= 1, "a positive whole number")
+
+
+def non_negative_int(word: str) -> int:
+    """A whole number, 0 or more."""
+    return _number(word, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def positive_float(word: str) -> float:
+    """A finite number above 0."""
+    return _number(word, float, lambda value: 0 < value < math.inf, "a positive number")
+
+
+def multiple_of_32(word: str) -> int:
+    """A number of channels that GroupNorm can split into 32 groups."""
+    return _number(word, int, lambda value: value >= 1 and value % 32 == 0, "a positive multiple of 32")
+
+
+def seed(word: str) -> int:
+    """A seed of random numbers."""
+    return _number(word, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def _decay(word: str) -> float:
+    return _number(word, float, lambda value: 0 <= value < 1, "a number from 0 up to, but not including, 1")
+
+
+def _number(word: str, kind: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Any:
+    try:
+        value = kind(word)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"must be {description}, got {word!r}")
+    return value

@@ -1,0 +1,109 @@
+"""Images as one uint8 tensor, shuffled batches of it, and the random numbers of a run."""
+
+import http.client
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from common.checkpoint import atomic_write
+from common.errors import UserError
+from common.shapes import draw_shapes
+
+IMAGE_SHAPE = (3, 32, 32)
+DATASETS = ("cifar10", "shapes")
+
+
+def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: str | None = None) -> Tensor:
+    """The 50,000 training images of a data set, or its 10,000 held-out ones.
+
+    Args:
+        dataset: "cifar10", downloaded on first use and checked by its published MD5, or "shapes", drawn on first use.
+        data_dir: the folder that keeps the data set.
+        data_url: another address of CIFAR-10's archive.
+
+    Returns:
+        uint8 (N, 3, 32, 32) in main memory.
+
+    Raises:
+        UserError: CIFAR-10 is not in `data_dir` and could not be downloaded.
+    """
+    if dataset == "cifar10":
+        images = _load_cifar10(data_dir, train, data_url)
+    else:
+        images = _load_shapes(data_dir)[slice(0, 50_000) if train else slice(50_000, 60_000)]
+    return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarray:
+    class Archive(CIFAR10):
+        url = data_url or CIFAR10.url
+
+    try:
+        return Archive(data_dir, train=train, download=True).data.transpose(0, 3, 1, 2)
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        raise UserError(
+            f"--data-dir {data_dir}: no CIFAR-10 there, and getting it from {Archive.url} failed ({error}); "
+            f"name another address of the archive with --data-url, put {Archive.filename} into {data_dir} by hand, "
+            "or take the data set that needs no download with --dataset shapes"
+        ) from error
+
+
+def _load_shapes(data_dir: Path) -> np.ndarray:
+    path = data_dir / "shapes.npz"
+    try:
+        return np.load(path)["images"]
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError):
+        images = draw_shapes(60_000)
+    try:
+        with atomic_write(path) as file:
+            np.savez_compressed(file, images=images)
+    except OSError as error:
+        print(f"warning: {path}: not kept for the next time ({error.strerror})", file=sys.stderr)
+    return images
+
+
+def shuffled_batches(images: Tensor, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
+    """One epoch's batches, every image once, in an order that `seed` and `epoch` alone decide.
+
+    Args:
+        images: (N, ...), on the device that trains.
+        start: how many images at the head of that order to leave out, to go on in the middle of an epoch.
+
+    Yields:
+        (batch_size, ...); the last batch may be smaller.
+    """
+    order = torch.randperm(len(images), generator=random_generator("cpu", seed, "order", epoch))
+    for index in order[start:].to(images.device).split(batch_size):
+        yield images[index]
+
+
+def random_hflip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flips images (B, C, H, W) left-right with probability 1/2, each by a coin of its own."""
+    coins = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+    return torch.where(coins < 0.5, images.flip(-1), images)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images, 0 to 255, as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float images in [-1, 1] as uint8, 0 to 255, rounded to the nearest; what lies outside is clipped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def random_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
+    """A generator on `device` whose draws depend on nothing but the arguments.
+
+    Every step of a run has one of its own, so a run that goes on after an interruption draws what it would have drawn.
+    """
+    entropy = [seed, int.from_bytes(purpose.encode(), "big"), index]
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]))

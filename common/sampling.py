@@ -1,0 +1,131 @@
+"""DDPM and DDIM samplers as generators of states, and what is made of them: images and picture grids."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from common.checkpoint import atomic_write
+from common.data import IMAGE_SHAPE, random_generator, to_uint8
+from common.schedule import NoiseSchedule
+
+NoisePredictor = Callable[[Tensor, Tensor], Tensor]
+
+SAMPLERS = ("ddpm", "ddim")
+
+
+@torch.no_grad()
+def ddpm(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Walks back through every time step (Algorithm 2 of DDPM, arXiv:2006.11239), with x0 clipped to [-1, 1].
+
+    Args:
+        model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
+        xt: standard normal noise (B, C, H, W).
+        generator: of the noise that each step adds.
+
+    Yields:
+        `schedule.steps` states (B, C, H, W): x_{T-2} first, the image in [-1, 1] last.
+    """
+    for step in reversed(range(schedule.steps)):
+        t = torch.full((len(xt),), step, device=xt.device)
+        x0 = schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
+        mean, variance = schedule.posterior(x0, xt, t)
+        noise = torch.randn(xt.shape, generator=generator, device=xt.device)
+        xt = mean + variance.sqrt() * noise  # the variance is 0 at t = 0
+        yield xt
+
+
+@torch.no_grad()
+def ddim(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, steps: int) -> Iterator[Tensor]:
+    """Walks back deterministically in fewer steps (DDIM, arXiv:2010.02502, eq. 12 with sigma = 0), x0 clipped.
+
+    Args:
+        model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
+        xt: standard normal noise (B, C, H, W).
+        steps: how many of the schedule's time steps to visit, 1 to `schedule.steps`.
+
+    Yields:
+        `steps` states (B, C, H, W); the last is the image in [-1, 1].
+    """
+    times = ddim_times(schedule.steps, steps)
+    for step, next_step in zip(times, [*times[1:], None]):
+        t = torch.full((len(xt),), step, device=xt.device)
+        x0 = schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
+        if next_step is None:
+            xt = x0
+        else:
+            noise = schedule.implied_noise(x0, xt, t)  # of the clipped x0, not the model's own
+            xt = schedule.add_noise(x0, torch.full_like(t, next_step), noise)
+        yield xt
+
+
+def ddim_times(schedule_steps: int, steps: int) -> list[int]:
+    """The time steps that DDIM visits: evenly spaced from the last one, `schedule_steps` - 1, downwards.
+
+    This is "trailing" in Table 2 of arXiv:2305.08891: sampling starts where the training's noise is strongest.
+    """
+    if not 1 <= steps <= schedule_steps:
+        raise ValueError(f"steps must be from 1 to {schedule_steps}, got {steps}")
+    return [round(schedule_steps * (1 - i / steps)) - 1 for i in range(steps)]
+
+
+def sample_images(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    num_images: int,
+    *,
+    sampler: str = "ddpm",
+    steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 256,
+    bf16: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """Draws images, `batch_size` at a time. Leaves the global random numbers and the model's mode alone.
+
+    Args:
+        model: predicts noise; it and the schedule are on the same device.
+        sampler: "ddpm", which takes all the schedule's steps, or "ddim", which takes `steps`.
+        seed: the images depend on it, on `batch_size` and on the device.
+        bf16: run the model under bfloat16 autocast.
+        progress: show a bar on stderr, where that is a terminal.
+
+    Returns:
+        uint8 (num_images, 3, 32, 32) in main memory.
+    """
+
+    def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model(xt, t).float()
+
+    device = schedule.beta.device
+    was_training = model.training
+    model.eval()
+    chunks = []
+    total = num_images * (schedule.steps if sampler == "ddpm" else steps)
+    with tqdm(total=total, unit=" image steps", desc=sampler, disable=None if progress else True) as bar:
+        for start in range(0, num_images, batch_size):
+            generator = random_generator(device, seed, "sample", start)
+            shape = (min(batch_size, num_images - start), *IMAGE_SHAPE)
+            xt = torch.randn(shape, generator=generator, device=device)
+            if sampler == "ddpm":
+                states = ddpm(predict_noise, schedule, xt, generator)
+            else:
+                states = ddim(predict_noise, schedule, xt, steps)
+            for xt in states:
+                bar.update(len(xt))
+            chunks.append(to_uint8(xt).cpu())
+    model.train(was_training)
+    return torch.cat(chunks)
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Writes uint8 images (N, 3, 32, 32) as one PNG, as square as it goes, two black pixels between them."""
+    grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2)  # (3, H, W)
+    with atomic_write(path) as file:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")

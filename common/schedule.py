@@ -1,0 +1,72 @@
+"""The DDPM forward process q and its posterior (arXiv:2006.11239, section 2)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class NoiseSchedule(nn.Module):
+    """How much noise each time step adds, and what follows from it in closed form.
+
+    A time step `t` is an int64 tensor (B,) with 0 <= t < steps; t = 0 is one noising step, so x_{-1} means the
+    image itself. Images are float32 (B, C, H, W). All constants are computed in float64 and kept in float32.
+
+    Args:
+        steps: T, the number of noising steps.
+        beta_start, beta_end: variance of the noise that the first and the last step add, linear between.
+    """
+
+    beta: Tensor  # variance of the noise that step t adds
+    alpha: Tensor  # 1 - beta
+    alpha_bar: Tensor  # product of alpha[0..t]: the share of the image's variance left in x_t
+
+    _image_scale: Tensor
+    _noise_scale: Tensor
+    _posterior_x0_scale: Tensor
+    _posterior_xt_scale: Tensor
+    _posterior_variance: Tensor
+
+    def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
+        super().__init__()
+        self.steps = steps
+        beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+        alpha = 1 - beta
+        alpha_bar = alpha.cumprod(0)
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        constants = {
+            "beta": beta,
+            "alpha": alpha,
+            "alpha_bar": alpha_bar,
+            # Derived ones are kept too: 1 - alpha_bar taken from the rounded alpha_bar is wrong by 0.03 % at t = 0.
+            "_image_scale": alpha_bar.sqrt(),
+            "_noise_scale": (1 - alpha_bar).sqrt(),
+            "_posterior_x0_scale": beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
+            "_posterior_xt_scale": (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar),
+            "_posterior_variance": beta * (1 - alpha_bar_prev) / (1 - alpha_bar),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value.float(), persistent=False)
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t drawn from q(x_t | x0) in one go (eq. 4), with the standard normal `noise` (B, C, H, W)."""
+        return _at(self._image_scale, t) * x0 + _at(self._noise_scale, t) * noise
+
+    def estimate_x0(self, xt: Tensor, t: Tensor, pred_noise: Tensor) -> Tensor:
+        """The x0 which that noise implies: `add_noise` solved for x0 (eq. 15). Not clipped."""
+        return (xt - _at(self._noise_scale, t) * pred_noise) / _at(self._image_scale, t)
+
+    def implied_noise(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """The noise which that x0 implies: `add_noise` solved for the noise."""
+        return (xt - _at(self._image_scale, t) * x0) / _at(self._noise_scale, t)
+
+    def posterior(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x0) (eqs. 6 and 7).
+
+        The variance is 0 at t = 0, where x_{t-1} is x0 itself.
+        """
+        mean = _at(self._posterior_x0_scale, t) * x0 + _at(self._posterior_xt_scale, t) * xt
+        return mean, _at(self._posterior_variance, t)
+
+
+def _at(constants: Tensor, t: Tensor) -> Tensor:
+    """The constants of each image's time step, (B,) -> (B, 1, 1, 1), to be multiplied with images."""
+    return constants[t][:, None, None, None]

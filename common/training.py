@@ -1,0 +1,297 @@
+"""The training loop: DDPM's simple loss, Adam, averaged weights, and what it leaves in the run folder."""
+
+import csv
+import io
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from common import checkpoint
+from common.checkpoint import Checkpoint, atomic_write
+from common.data import random_generator, random_hflip, shuffled_batches, to_float, to_uint8
+from common.errors import UserError
+from common.sampling import sample_images, save_grid
+from common.schedule import NoiseSchedule
+
+GRID_IMAGES = 64
+LOG_COLUMNS = ("epoch", "step", "train_loss", "images_per_second", "seconds")
+
+
+@dataclass
+class TrainingOptions:
+    """What decides a run's weights, beside the model and the precision. A checkpoint carries it."""
+
+    dataset: str = "cifar10"
+    epochs: int = 120
+    batch_size: int = 128
+    lr: float = 1e-3
+    ema_decay: float = 0.9999
+    hflip: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Progress:
+    """How far a run has come. A checkpoint carries it."""
+
+    step: int = 0  # optimiser steps made
+    epoch: int = 0  # epochs completed
+    seen: int = 0  # images already used in the epoch under way
+    loss_sum: float = 0.0  # sum of those images' losses
+    seconds: float = 0.0  # what those images took, without checkpoints and sample grids
+    log: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv, one per completed epoch
+
+
+def diffusion_loss(
+    model: nn.Module, schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor, bf16: bool = False
+) -> Tensor:
+    """DDPM's simple loss (eq. 14): how far the predicted noise is from the noise, squared, averaged over all numbers.
+
+    Args:
+        x0, noise: float32 (B, C, H, W).
+        t: int64 (B,).
+        bf16: run the model under bfloat16 autocast; noising and loss stay in float32.
+    """
+    xt = schedule.add_noise(x0, t, noise)
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+        pred_noise = model(xt, t)
+    return F.mse_loss(pred_noise.float(), noise)
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the model's weights, to be updated after every step.
+
+    After n updates it decays by (1 + n) / (10 + n), `decay` at most: it spans about the last tenth of the run so far,
+    so that the random start is soon forgotten and a run of one epoch profits too.
+    """
+
+    def update(averaged: Any, current: Any, num_averaged: Any) -> None:
+        n = int(num_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+
+    return AveragedModel(model, multi_avg_fn=update)
+
+
+class Trainer:
+    """A model that learns to predict noise, and all that has to be saved for it to go on learning.
+
+    Args:
+        stage: name of the script, for the checkpoint.
+        model_options: the stage's model options, for the checkpoint.
+        model: maps x_t (B, 3, 32, 32) and t (B,) to the noise in x_t; trained on the device where it lies.
+        options: see TrainingOptions.
+        bf16: run the model under bfloat16 autocast.
+    """
+
+    def __init__(
+        self, stage: str, model_options: dict[str, Any], model: nn.Module, options: TrainingOptions, bf16: bool = False
+    ):
+        self.stage = stage
+        self.model_options = model_options
+        self.model = model
+        self.options = options
+        self.bf16 = bf16
+        self.device = next(model.parameters()).device
+        self.schedule = NoiseSchedule().to(self.device)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+        self.ema = average_weights(model, options.ema_decay)
+        self.progress = Progress()
+        self._loss_sum = torch.zeros((), device=self.device)  # read rarely: each reading makes a GPU wait
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 images (B, 3, 32, 32) as the model sees them: float32 in [-1, 1], flipped by chance if so asked."""
+        x0 = to_float(images)
+        return random_hflip(x0, generator) if self.options.hflip else x0
+
+    def step(self, images: Tensor) -> None:
+        """One round of Algorithm 1 of DDPM on uint8 images (B, 3, 32, 32)."""
+        generator = random_generator(self.device, self.options.seed, "step", self.progress.step)
+        x0 = self.augment(images, generator)
+        t = torch.randint(self.schedule.steps, (len(x0),), generator=generator, device=self.device)
+        noise = torch.randn(x0.shape, generator=generator, device=self.device)
+
+        loss = diffusion_loss(self.model, self.schedule, x0, t, noise, self.bf16)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.ema.update_parameters(self.model)
+
+        self._loss_sum += loss.detach() * len(x0)
+        self.progress.step += 1
+        self.progress.seen += len(x0)
+
+    def mean_loss(self) -> float:
+        """Mean loss of the images seen in the epoch under way.
+
+        Raises:
+            UserError: it is not a finite number.
+        """
+        loss = self._loss_sum.item() / self.progress.seen
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.progress.step} with --lr {self.options.lr:g}; "
+                "try a lower learning rate, or --precision fp32"
+            )
+        return loss
+
+    def finish_epoch(self, seconds: float) -> None:
+        """Adds the row of an epoch that took so long to the log, and makes ready for the next."""
+        progress = self.progress
+        progress.epoch += 1
+        row = (
+            progress.epoch,
+            progress.step,
+            round(self.mean_loss(), 6),
+            round(progress.seen / seconds, 1),
+            round(seconds, 2),
+        )
+        progress.log.append(dict(zip(LOG_COLUMNS, row)))
+        progress.seen, progress.seconds = 0, 0.0
+        self._loss_sum.zero_()
+
+    def checkpoint(self) -> Checkpoint:
+        """All that `restore` needs, and the stage's model options, from which the model can be built again."""
+        self.progress.loss_sum = self._loss_sum.item()
+        return {
+            "format": checkpoint.FORMAT,
+            "stage": self.stage,
+            "model_options": self.model_options,
+            "training_options": asdict(self.options),
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+        }
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Goes back to where `checkpoint` was called, with this Trainer's own options."""
+        self.progress = Progress(**saved["progress"])
+        self._loss_sum.fill_(self.progress.loss_sum)
+        self.model.load_state_dict(saved["model"])
+        self.ema.module.load_state_dict(saved["ema"])
+        self.ema.n_averaged.fill_(self.progress.step)
+        param_groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": param_groups})
+
+
+def train(
+    trainer: Trainer,
+    images: Tensor,
+    run_dir: Path,
+    *,
+    max_steps: int | None = None,
+    sample_every: int = 10,
+    checkpoint_every: int | None = None,
+) -> signal.Signals | None:
+    """Trains until the epochs are done, `max_steps` are made or a signal asks to stop. Then the checkpoint is saved.
+
+    Args:
+        trainer: fresh, or restored from a checkpoint.
+        images: uint8 (N, 3, 32, 32), on the trainer's device.
+        run_dir: the run folder.
+        max_steps: optimiser steps to stop after, counted from the start of the run.
+        sample_every: epochs between two sample grids; 0 draws none.
+        checkpoint_every: steps between two checkpoints; None saves one after every epoch.
+
+    Returns:
+        The signal that stopped it, SIGINT or SIGTERM, or None.
+    """
+    options, progress = trainer.options, trainer.progress
+    if progress.step == 0:
+        _save_data_grid(trainer, images, run_dir)
+    _write_log(run_dir, progress)
+
+    total = options.epochs * len(images)
+    if max_steps is not None:
+        total = min(total, max_steps * options.batch_size)
+    done = progress.epoch * len(images) + progress.seen
+    with _stop_signals() as received, tqdm(total=total, initial=done, unit=" images", disable=None) as bar:
+        while progress.epoch < options.epochs and progress.step != max_steps and not received:
+            bar.set_description(f"epoch {progress.epoch + 1}/{options.epochs}", refresh=False)
+            shown = time.perf_counter()
+            started = shown - progress.seconds
+            for batch in shuffled_batches(images, options.batch_size, options.seed, progress.epoch, progress.seen):
+                trainer.step(batch)
+                progress.seconds = time.perf_counter() - started
+                bar.update(len(batch))
+                if not bar.disable and time.perf_counter() - shown > 1:
+                    bar.set_postfix(loss=f"{trainer.mean_loss():.4f}", refresh=False)
+                    shown = time.perf_counter()
+                if progress.step == max_steps or received:
+                    break
+                if checkpoint_every and progress.step % checkpoint_every == 0 and progress.seen < len(images):
+                    checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
+
+            if progress.seen == len(images):
+                trainer.finish_epoch(time.perf_counter() - started)
+                bar.write(_epoch_line(progress, options), file=sys.stderr)
+                if sample_every and (progress.epoch % sample_every == 0 or progress.epoch == options.epochs):
+                    _save_sample_grid(trainer, run_dir)
+            last = progress.epoch == options.epochs or progress.step == max_steps or received
+            if last or not checkpoint_every or progress.step % checkpoint_every == 0:
+                checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
+            _write_log(run_dir, progress)
+    return received[0] if received else None
+
+
+def _epoch_line(progress: Progress, options: TrainingOptions) -> str:
+    row = progress.log[-1]
+    return (
+        f"epoch {row['epoch']}/{options.epochs}: step {row['step']}, train loss {row['train_loss']:.4f}, "
+        f"{row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
+    )
+
+
+def _write_log(run_dir: Path, progress: Progress) -> None:
+    """Writes log.csv anew from the rows that the checkpoint holds, so that no interruption leaves half a row or two."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(progress.log)
+    with atomic_write(run_dir / "log.csv") as file:
+        file.write(text.getvalue().encode())
+
+
+def _save_data_grid(trainer: Trainer, images: Tensor, run_dir: Path) -> None:
+    """Writes training images as the model sees them."""
+    batch = next(shuffled_batches(images, GRID_IMAGES, trainer.options.seed, epoch=0))
+    generator = random_generator(trainer.device, trainer.options.seed, "data grid", 0)
+    save_grid(to_uint8(trainer.augment(batch, generator)).cpu(), run_dir / "samples" / "data.png")
+
+
+def _save_sample_grid(trainer: Trainer, run_dir: Path) -> None:
+    """Writes what the averaged weights draw, from the same starting noise every time."""
+    images = sample_images(
+        trainer.ema.module, trainer.schedule, GRID_IMAGES, sampler="ddim", seed=trainer.options.seed, bf16=trainer.bf16
+    )
+    save_grid(images, run_dir / "samples" / f"epoch-{trainer.progress.epoch:04d}.png")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """Notes SIGINT and SIGTERM in the list instead of dying of them; a second one acts as usual."""
+    received: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(number, previous[received[-1]])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,94 @@
+"""Part A: the starting U-Net.
+
+A network that looks at a noisy picture and the time step, and predicts the noise in it. Two halvings of the picture
+and two doublings back, with two skip connections across; 16 channels at the top, ReLU throughout.
+
+    python part_a_cifar.py train                      # CIFAR-10, downloaded on first use
+    python part_a_cifar.py train --dataset shapes     # nothing to download
+    python part_a_cifar.py test                       # 64 pictures from the trained weights
+
+559,331 parameters. The later parts change one idea each.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import Downsample, PositionalEncoding, ResnetBlock, Upsample
+from common.cli import OptionGroup, Stage, main
+
+
+class Model(nn.Module):
+    def __init__(self, num_steps: int = 1000, embed_dim: int = 64):
+        super().__init__()
+        self.embed = nn.Sequential(
+            PositionalEncoding(embed_dim, num_steps),
+            nn.Linear(embed_dim, embed_dim),
+            nn.ReLU(),
+            nn.Linear(embed_dim, embed_dim),
+            nn.ReLU(),
+        )
+        block = partial(ResnetBlock, embed_dim=embed_dim, num_groups=16, activation_fn=nn.ReLU)
+
+        self.conv_in = nn.Conv2d(3, 16, kernel_size=3, padding=1)
+
+        self.enc1_1 = block(16, 16)
+        self.enc1_2 = block(16, 32)
+        self.downconv1 = Downsample(32)
+        self.enc2_1 = block(32, 32)
+        self.enc2_2 = block(32, 64)
+        self.downconv2 = Downsample(64)
+
+        self.bottleneck_1 = block(64, 64)
+        self.bottleneck_2 = block(64, 64)
+
+        self.upconv2 = Upsample(64)
+        self.dec2_1 = block(128, 64)
+        self.dec2_2 = block(64, 32)
+        self.upconv1 = Upsample(32)
+        self.dec1_1 = block(64, 32)
+        self.dec1_2 = block(32, 16)
+
+        self.norm_out = nn.GroupNorm(16, 16)
+        self.act_out = nn.ReLU()
+        self.conv_out = nn.Conv2d(16, 3, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns the noise in them."""
+        emb = self.embed(t)  # (B, embed_dim)
+        x = self.conv_in(x)  # (B, 16, 32, 32)
+
+        x = self.enc1_1(x, emb)
+        x = skip1 = self.enc1_2(x, emb)  # (B, 32, 32, 32)
+        x = self.downconv1(x)
+        x = self.enc2_1(x, emb)
+        x = skip2 = self.enc2_2(x, emb)  # (B, 64, 16, 16)
+        x = self.downconv2(x)
+
+        x = self.bottleneck_1(x, emb)
+        x = self.bottleneck_2(x, emb)  # (B, 64, 8, 8)
+
+        x = torch.cat([self.upconv2(x), skip2], dim=1)  # (B, 128, 16, 16)
+        x = self.dec2_1(x, emb)
+        x = self.dec2_2(x, emb)
+        x = torch.cat([self.upconv1(x), skip1], dim=1)  # (B, 64, 32, 32)
+        x = self.dec1_1(x, emb)
+        x = self.dec1_2(x, emb)  # (B, 16, 32, 32)
+
+        return self.conv_out(self.act_out(self.norm_out(x)))
+
+
+def add_options(model: OptionGroup, training: OptionGroup) -> None:
+    """Part A has no options of its own."""
+
+
+def build_model(options: argparse.Namespace) -> Model:
+    return Model()
+
+
+stage = Stage(__file__, __doc__, add_options, build_model, epochs=80)
+
+if __name__ == "__main__":
+    main(stage)
