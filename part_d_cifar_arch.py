@@ -1,0 +1,114 @@
+"""Part D: the shape of the DDPM network.
+
+Part C had two skip connections, one per level. Here the output of every encoder block is one, so that each decoder
+block sees what the encoder saw at its resolution. The blocks live in three lists, and the forward pass is two loops.
+
+    python part_d_cifar_arch.py train
+    python part_d_cifar_arch.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu
+    python part_d_cifar_arch.py test
+
+1,523,715 parameters.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import (
+    ACTIVATIONS,
+    ActivationFn,
+    Downsample,
+    PositionalEncoding,
+    ResnetBlock,
+    TimestepBlock,
+    TimestepBlockSequential,
+    Upsample,
+)
+from common.cli import OptionGroup, Stage, main, multiple_of_32
+
+
+class Model(nn.Module):
+    def __init__(self, num_steps: int = 1000, ch: int = 32, activation_fn: ActivationFn = nn.SiLU):
+        super().__init__()
+        embed_dim = 4 * ch
+        self.embed = nn.Sequential(
+            PositionalEncoding(ch, num_steps),
+            nn.Linear(ch, embed_dim),
+            activation_fn(),
+            nn.Linear(embed_dim, embed_dim),
+            activation_fn(),
+        )
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn)
+
+        self.input_blocks = nn.ModuleList(
+            [
+                nn.Conv2d(3, ch, kernel_size=3, padding=1),
+                block(ch, ch),
+                block(ch, ch),
+                Downsample(ch),
+                block(ch, 2 * ch),
+                block(2 * ch, 2 * ch),
+                Downsample(2 * ch),
+                block(2 * ch, 2 * ch),
+                block(2 * ch, 2 * ch),
+            ]
+        )
+
+        self.middle_block = TimestepBlockSequential(
+            block(2 * ch, 2 * ch),
+            block(2 * ch, 2 * ch),
+        )
+
+        self.output_blocks = nn.ModuleList(
+            [
+                block(4 * ch, 2 * ch),
+                block(4 * ch, 2 * ch),
+                TimestepBlockSequential(block(4 * ch, 2 * ch), Upsample(2 * ch)),
+                block(4 * ch, 2 * ch),
+                block(4 * ch, 2 * ch),
+                TimestepBlockSequential(block(3 * ch, 2 * ch), Upsample(2 * ch)),
+                block(3 * ch, ch),
+                block(2 * ch, ch),
+                block(2 * ch, ch),
+            ]
+        )
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, ch),
+            activation_fn(),
+            nn.Conv2d(ch, 3, kernel_size=3, padding=1),
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns the noise in them."""
+        emb = self.embed(t)  # (B, 4ch)
+
+        skips = []
+        for block in self.input_blocks:
+            x = block(x, emb) if isinstance(block, TimestepBlock) else block(x)
+            skips.append(x)
+
+        x = self.middle_block(x, emb)  # (B, 2ch, 8, 8)
+
+        for block in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, emb)
+
+        return self.out(x)
+
+
+def add_options(model: OptionGroup, training: OptionGroup) -> None:
+    model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
+    model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
+
+
+def build_model(options: argparse.Namespace) -> Model:
+    return Model(ch=options.model_channels, activation_fn=ACTIVATIONS[options.activation])
+
+
+stage = Stage(__file__, __doc__, add_options, build_model)
+
+if __name__ == "__main__":
+    main(stage)

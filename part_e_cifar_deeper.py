@@ -1,0 +1,131 @@
+r"""Part E: deeper.
+
+Part D's lists, built by a loop: the number of levels, their widths and the blocks in each become options. Four levels
+by default, down to 4 x 4 pixels, three at twice the width and the last one narrow.
+
+    python part_e_cifar_deeper.py train
+    python part_e_cifar_deeper.py train --batch-size 128 --lr 1e-3 --epochs 120 \
+        --model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1
+    python part_e_cifar_deeper.py test
+
+2,017,667 parameters.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import (
+    ACTIVATIONS,
+    ActivationFn,
+    Downsample,
+    PositionalEncoding,
+    ResnetBlock,
+    TimestepBlock,
+    TimestepBlockSequential,
+    Upsample,
+)
+from common.cli import OptionGroup, Stage, main, multiple_of_32, positive_int
+
+
+class Model(nn.Module):
+    def __init__(
+        self,
+        image_channels: int = 3,
+        model_channels: int = 32,
+        activation_fn: ActivationFn = nn.SiLU,
+        num_res_blocks: int = 2,
+        channel_mult: Sequence[int] = (2, 2, 2, 1),
+        num_steps: int = 1000,
+    ):
+        super().__init__()
+        if len(channel_mult) > 6:
+            raise ValueError(f"--channel-mult: 32 x 32 pixels make 6 levels at most, got {len(channel_mult)}")
+        embed_dim = 4 * model_channels
+        self.embed = nn.Sequential(
+            PositionalEncoding(model_channels, num_steps),
+            nn.Linear(model_channels, embed_dim),
+            activation_fn(),
+            nn.Linear(embed_dim, embed_dim),
+            activation_fn(),
+        )
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn)
+
+        widths = [model_channels * mult for mult in channel_mult]
+        last = len(widths) - 1
+        ch = model_channels
+        self.input_blocks = nn.ModuleList([nn.Conv2d(image_channels, ch, kernel_size=3, padding=1)])
+        skip_channels = [ch]
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(block(ch, width))
+                ch = width
+                skip_channels.append(ch)
+            if level < last:
+                self.input_blocks.append(Downsample(ch))
+                skip_channels.append(ch)
+
+        self.middle_block = TimestepBlockSequential(*[block(ch, ch) for _ in range(num_res_blocks)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(num_res_blocks + 1):
+                layers: list[nn.Module] = [block(ch + skip_channels.pop(), width)]
+                ch = width
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(ch))
+                self.output_blocks.append(TimestepBlockSequential(*layers))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, ch),
+            activation_fn(),
+            nn.Conv2d(ch, image_channels, kernel_size=3, padding=1),
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns the noise in them."""
+        emb = self.embed(t)  # (B, 4 * model_channels)
+
+        skips = []
+        for block in self.input_blocks:
+            x = block(x, emb) if isinstance(block, TimestepBlock) else block(x)
+            skips.append(x)
+
+        x = self.middle_block(x, emb)
+
+        for block in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, emb)
+
+        return self.out(x)
+
+
+def add_options(model: OptionGroup, training: OptionGroup) -> None:
+    model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
+    model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
+    model.add_argument("--num-res-blocks", type=positive_int, default=2, help="ResnetBlocks per level")
+    model.add_argument(
+        "--channel-mult",
+        type=positive_int,
+        nargs="+",
+        default=[2, 2, 2, 1],
+        help="width of each level / model channels",
+    )
+
+
+def build_model(options: argparse.Namespace) -> Model:
+    return Model(
+        model_channels=options.model_channels,
+        activation_fn=ACTIVATIONS[options.activation],
+        num_res_blocks=options.num_res_blocks,
+        channel_mult=options.channel_mult,
+    )
+
+
+stage = Stage(__file__, __doc__, add_options, build_model)
+
+if __name__ == "__main__":
+    main(stage)

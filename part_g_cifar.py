@@ -1,0 +1,169 @@
+"""Part G: self-attention.
+
+Part F's network, in which every pixel of some levels may look at all the others: an attention block after each
+ResnetBlock of the levels named by --attention-resolutions, and one in the middle. Flips are on by default.
+
+    python part_g_cifar.py train
+    python part_g_cifar.py train --batch-size 128 --lr 1e-3 --epochs 10
+    python part_g_cifar.py test
+
+2,193,219 parameters.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import (
+    ACTIVATIONS,
+    ActivationFn,
+    Downsample,
+    PositionalEncoding,
+    ResnetBlock,
+    TimestepBlock,
+    TimestepBlockSequential,
+    Upsample,
+)
+from common.cli import OptionGroup, Stage, main, multiple_of_32, positive_int
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of an image, with one head, added to its input."""
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, in_channels)
+        self.qkv = nn.Conv1d(in_channels, 3 * in_channels, kernel_size=1)
+        self.attn = nn.MultiheadAttention(in_channels, num_heads=1, batch_first=True)
+        self.out = nn.Conv1d(in_channels, in_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns the same shape."""
+        h = self.qkv(self.norm(x).flatten(2))  # (B, 3C, H*W)
+        q, k, v = h.transpose(1, 2).chunk(3, dim=2)  # (B, H*W, C) each
+        h, _ = self.attn(q, k, v, need_weights=False)
+        return x + self.out(h.transpose(1, 2)).view_as(x)
+
+
+class Model(nn.Module):
+    def __init__(
+        self,
+        image_channels: int = 3,
+        model_channels: int = 32,
+        activation_fn: ActivationFn = nn.SiLU,
+        num_res_blocks: int = 2,
+        channel_mult: Sequence[int] = (2, 2, 2, 1),
+        attention_resolutions: Sequence[int] = (16,),
+        num_steps: int = 1000,
+    ):
+        super().__init__()
+        if len(channel_mult) > 6:
+            raise ValueError(f"--channel-mult: 32 x 32 pixels make 6 levels at most, got {len(channel_mult)}")
+        embed_dim = 4 * model_channels
+        self.embed = nn.Sequential(
+            PositionalEncoding(model_channels, num_steps),
+            nn.Linear(model_channels, embed_dim),
+            activation_fn(),
+            nn.Linear(embed_dim, embed_dim),
+            activation_fn(),
+        )
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn)
+
+        widths = [model_channels * mult for mult in channel_mult]
+        last = len(widths) - 1
+        resolutions = [32 // 2**level for level in range(len(widths))]
+        if not set(attention_resolutions) <= set(resolutions):
+            raise ValueError(f"--attention-resolutions: must be among {resolutions}, got {list(attention_resolutions)}")
+        ch = model_channels
+        self.input_blocks = nn.ModuleList([nn.Conv2d(image_channels, ch, kernel_size=3, padding=1)])
+        skip_channels = [ch]
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [block(ch, width)]
+                ch = width
+                if resolutions[level] in attention_resolutions:
+                    layers.append(AttentionBlock(ch))
+                self.input_blocks.append(TimestepBlockSequential(*layers))
+                skip_channels.append(ch)
+            if level < last:
+                self.input_blocks.append(Downsample(ch))
+                skip_channels.append(ch)
+
+        middle_blocks = [block(ch, ch) for _ in range(num_res_blocks)]
+        self.middle_block = TimestepBlockSequential(middle_blocks[0], AttentionBlock(ch), *middle_blocks[1:])
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(num_res_blocks + 1):
+                layers = [block(ch + skip_channels.pop(), width)]
+                ch = width
+                if resolutions[level] in attention_resolutions:
+                    layers.append(AttentionBlock(ch))
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(ch))
+                self.output_blocks.append(TimestepBlockSequential(*layers))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, ch),
+            activation_fn(),
+            nn.Conv2d(ch, image_channels, kernel_size=3, padding=1),
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns the noise in them."""
+        emb = self.embed(t)  # (B, 4 * model_channels)
+
+        skips = []
+        for block in self.input_blocks:
+            x = block(x, emb) if isinstance(block, TimestepBlock) else block(x)
+            skips.append(x)
+
+        x = self.middle_block(x, emb)
+
+        for block in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, emb)
+
+        return self.out(x)
+
+
+def add_options(model: OptionGroup, training: OptionGroup) -> None:
+    model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
+    model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
+    model.add_argument("--num-res-blocks", type=positive_int, default=2, help="ResnetBlocks per level")
+    model.add_argument(
+        "--channel-mult",
+        type=positive_int,
+        nargs="+",
+        default=[2, 2, 2, 1],
+        help="width of each level / model channels",
+    )
+    model.add_argument(
+        "--attention-resolutions",
+        type=positive_int,
+        nargs="*",
+        default=[16],
+        help="pixels a side of levels that attend",
+    )
+    training.add_argument(
+        "--hflip", action=argparse.BooleanOptionalAction, default=True, help="flip images left-right by chance"
+    )
+
+
+def build_model(options: argparse.Namespace) -> Model:
+    return Model(
+        model_channels=options.model_channels,
+        activation_fn=ACTIVATIONS[options.activation],
+        num_res_blocks=options.num_res_blocks,
+        channel_mult=options.channel_mult,
+        attention_resolutions=options.attention_resolutions,
+    )
+
+
+stage = Stage(__file__, __doc__, add_options, build_model)
+
+if __name__ == "__main__":
+    main(stage)
