@@ -1,0 +1,51 @@
+"""What several test files use."""
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.cli import Stage, main
+
+ROOT = Path(__file__).parent.parent
+
+STAGES = [
+    "part_a_cifar",
+    "part_b_cifar_more_channels",
+    "part_c_cifar_silu",
+    "part_d_cifar_arch",
+    "part_e_cifar_deeper",
+    "part_f_cifar_hflips",
+    "part_g_cifar",
+]
+
+
+def run_stage(name: str, *arguments: str | Path) -> int:
+    """Runs `python NAME.py ARGUMENTS` within this process and returns its exit status."""
+    stage: Stage = importlib.import_module(name).stage
+    with pytest.raises(SystemExit) as exit_:
+        main(stage, [str(argument) for argument in arguments])
+    return int(exit_.value.code or 0)
+
+
+@pytest.fixture(scope="session")
+def shapes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder in which `shapes` is drawn on first use."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir() -> Path:
+    """The folder that holds the real CIFAR-10."""
+    if "CIFAR10_DIR" not in os.environ:
+        pytest.skip("the environment variable CIFAR10_DIR does not say where CIFAR-10 is")
+    return Path(os.environ["CIFAR10_DIR"])
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """44 images of noise: three batches of 16, the last one smaller."""
+    return torch.randint(256, (44, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,86 @@
+"""The building blocks, against their formulas and diffusers' residual block."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from common.blocks import (
+    Downsample,
+    PositionalEncoding,
+    ResnetBlock,
+    TimestepBlock,
+    TimestepBlockSequential,
+    Upsample,
+)
+
+
+def test_positional_encoding_is_the_formula() -> None:
+    dim = 64
+    encoding = PositionalEncoding(dim, 1000)(torch.tensor([0, 1, 37, 999]))
+    for row, t in zip(encoding, (0, 1, 37, 999)):
+        for k in range(dim // 2):
+            angle = t * 10000 ** (-2 * k / dim)
+            assert row[2 * k].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert row[2 * k + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_positional_encoding_refuses_an_odd_width() -> None:
+    with pytest.raises(ValueError, match="even"):
+        PositionalEncoding(33, 1000)
+
+
+@pytest.mark.parametrize("out_channels", [64, 96])
+def test_resnet_block_is_that_of_diffusers(out_channels: int) -> None:
+    torch.manual_seed(0)
+    ours = ResnetBlock(64, out_channels, embed_dim=128)
+    theirs = ResnetBlock2D(
+        in_channels=64, out_channels=out_channels, temb_channels=128, groups=32, eps=1e-5, skip_time_act=True
+    )
+    names = {"conv_shortcut": "shortcut", "time_emb_proj": "embed_proj"}
+    state = theirs.state_dict()
+    ours.load_state_dict(
+        {names.get(key.split(".")[0], key.split(".")[0]) + "." + key.split(".")[1]: state[key] for key in state}
+    )
+    x, emb = torch.randn(2, 64, 8, 8), torch.randn(2, 128)
+    torch.testing.assert_close(ours(x, emb), theirs(x, emb))
+
+
+def test_resnet_block_has_a_convolution_as_shortcut_only_where_the_channels_change() -> None:
+    assert isinstance(ResnetBlock(32, 32, 8).shortcut, nn.Identity)
+    shortcut = ResnetBlock(32, 64, 8).shortcut
+    assert isinstance(shortcut, nn.Conv2d)
+    assert shortcut.kernel_size == (1, 1)
+
+
+def test_resnet_block_takes_groups_and_activation() -> None:
+    block = ResnetBlock(16, 32, 8, num_groups=16, activation_fn=nn.GELU)
+    assert [m.num_groups for m in block.modules() if isinstance(m, nn.GroupNorm)] == [16, 16]
+    assert len([m for m in block.modules() if isinstance(m, nn.GELU)]) == 2
+
+
+def test_downsample_halves_and_upsample_doubles() -> None:
+    x = torch.randn(2, 4, 8, 8)
+    assert Downsample(4)(x).shape == (2, 4, 4, 4)
+    assert Upsample(4)(x).shape == (2, 4, 16, 16)
+
+
+def test_upsample_repeats_pixels_before_its_convolution() -> None:
+    up = Upsample(1)
+    nn.init.dirac_(up.conv.weight)
+    assert up.conv.bias is not None
+    nn.init.zeros_(up.conv.bias)
+    x = torch.randn(1, 1, 3, 3)
+    assert torch.equal(up(x), x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
+def test_sequential_hands_the_embedding_to_timestep_blocks_alone() -> None:
+    class Scale(TimestepBlock):
+        def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+            return x * emb
+
+    sequence = TimestepBlockSequential(Scale(), nn.ReLU(), TimestepBlockSequential(Scale()))
+    assert isinstance(sequence, TimestepBlock)
+    assert sequence(torch.tensor([-1.0, 2.0]), torch.tensor(3.0)).tolist() == [0, 18]

@@ -1,0 +1,263 @@
+"""The seven networks: parameters, names, shapes and order of operations."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.blocks import ResnetBlock, TimestepBlockSequential
+from part_g_cifar import AttentionBlock
+from tests.conftest import STAGES
+
+PARAMETERS = dict(zip(STAGES, (559_331, 2_215_875, 2_215_875, 1_523_715, 2_017_667, 2_017_667, 2_193_219)))
+
+A_SHAPES = {  # channels and pixels a side of what each module returns
+    "conv_in": (16, 32),
+    "enc1_1": (16, 32),
+    "enc1_2": (32, 32),
+    "downconv1": (32, 16),
+    "enc2_1": (32, 16),
+    "enc2_2": (64, 16),
+    "downconv2": (64, 8),
+    "bottleneck_1": (64, 8),
+    "bottleneck_2": (64, 8),
+    "upconv2": (64, 16),
+    "dec2_1": (64, 16),
+    "dec2_2": (32, 16),
+    "upconv1": (32, 32),
+    "dec1_1": (32, 32),
+    "dec1_2": (16, 32),
+    "norm_out": (16, 32),
+    "conv_out": (3, 32),
+}
+
+
+def make_model(stage: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return importlib.import_module(stage).Model(**options)
+
+
+def run(model: nn.Module, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return model(torch.randn(batch, 3, 32, 32, generator=generator), torch.arange(batch) * 300)
+
+
+def record_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Runs the model and lists what its modules return, in the order in which they do."""
+    calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: calls.append((name, tuple(output.shape[1:])))
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(note(name))
+    run(model)
+    return calls
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_number_of_parameters(stage: str) -> None:
+    assert sum(p.numel() for p in make_model(stage).parameters()) == PARAMETERS[stage]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_output_has_the_shape_of_the_input_and_depends_on_the_time_step(stage: str) -> None:
+    model = make_model(stage).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        early, late = model(x, torch.tensor([0, 0])), model(x, torch.tensor([999, 999]))
+    assert early.shape == x.shape
+    assert early.isfinite().all()
+    assert not torch.allclose(early, late)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_images_of_a_batch_do_not_see_each_other(stage: str) -> None:
+    model = make_model(stage).eval()
+    x, t = torch.randn(3, 3, 32, 32), torch.tensor([0, 500, 999])
+    with torch.no_grad():
+        together, alone = model(x, t), torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_parameter_learns(stage: str) -> None:
+    model = make_model(stage)
+    model(torch.randn(2, 3, 32, 32), torch.tensor([3, 700])).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("width", [None, 32, 64])
+def test_modules_and_shapes_of_a_to_c(width: int | None) -> None:
+    for stage in STAGES[:1] if width is None else STAGES[1:3]:
+        model = make_model(stage) if width is None else make_model(stage, ch=width)
+        scale = 1 if width is None else width // 16
+        calls = [call for call in record_shapes(model) if call[0] in A_SHAPES]
+        expected = [(name, (c if name == "conv_out" else c * scale, p, p)) for name, (c, p) in A_SHAPES.items()]
+        assert calls == expected
+        top = {name.split(".")[0] for name in model.state_dict()}
+        assert top == {"embed", *A_SHAPES}
+
+
+def test_embedding_widths() -> None:
+    def widths(stage: str) -> list[tuple[int, int]]:
+        embed = make_model(stage).get_submodule("embed")
+        return [(m.in_features, m.out_features) for m in embed.modules() if isinstance(m, nn.Linear)]
+
+    assert widths(STAGES[0]) == [(64, 64), (64, 64)]
+    for stage in STAGES[1:]:
+        assert widths(stage) == [(32, 128), (128, 128)]
+
+
+def test_groups_of_the_norms() -> None:
+    for stage in STAGES:
+        groups = {m.num_groups for m in make_model(stage).modules() if isinstance(m, nn.GroupNorm)}
+        assert groups == ({16} if stage == STAGES[0] else {32})
+
+
+def test_activations() -> None:
+    def kinds(model: nn.Module) -> list[type]:
+        return [type(m) for m in model.modules() if isinstance(m, (nn.ReLU, nn.SiLU, nn.LeakyReLU, nn.GELU))]
+
+    assert set(kinds(make_model(STAGES[0]))) == {nn.ReLU}
+    assert kinds(make_model(STAGES[1])).count(nn.SiLU) == 1
+    assert kinds(make_model(STAGES[1]))[-1] is nn.SiLU
+    for stage in STAGES[2:]:
+        assert set(kinds(make_model(stage))) == {nn.SiLU}
+        for activation in (nn.ReLU, nn.LeakyReLU, nn.GELU):
+            assert set(kinds(make_model(stage, activation_fn=activation))) == {activation}
+
+
+def test_skips_of_a_go_where_they_belong() -> None:
+    """With everything that reads a skip connection told to ignore it, the encoder above it no longer matters."""
+    model = make_model(STAGES[0]).eval()
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    for name in ("enc1_2", "enc2_2", "upconv1", "upconv2", "dec1_1", "dec2_1"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(
+            lambda module, args, output, name=name: (
+                inputs.update({name: args[0]}),
+                outputs.update({name: output}),
+                None,
+            )[2]
+        )
+    run(model)
+    assert torch.equal(inputs["dec2_1"], torch.cat([outputs["upconv2"], outputs["enc2_2"]], dim=1))
+    assert torch.equal(inputs["dec1_1"], torch.cat([outputs["upconv1"], outputs["enc1_2"]], dim=1))
+
+
+def block_widths(block: nn.Module) -> tuple[int, int]:
+    resnet = next(m for m in block.modules() if isinstance(m, ResnetBlock))
+    return resnet.conv1.in_channels // 32, resnet.conv1.out_channels // 32
+
+
+def test_lists_of_d() -> None:
+    model = make_model("part_d_cifar_arch")
+    inputs, outputs = model.get_submodule("input_blocks"), model.get_submodule("output_blocks")
+    assert isinstance(inputs, nn.ModuleList)
+    assert isinstance(outputs, nn.ModuleList)
+    kinds = [type(block).__name__ for block in inputs]
+    assert kinds == [
+        "Conv2d",
+        *["ResnetBlock"] * 2,
+        "Downsample",
+        *["ResnetBlock"] * 2,
+        "Downsample",
+        *["ResnetBlock"] * 2,
+    ]
+    assert [block_widths(inputs[i]) for i in (1, 2, 4, 5, 7, 8)] == [(1, 1), (1, 1), (1, 2), (2, 2), (2, 2), (2, 2)]
+    assert [type(block) is TimestepBlockSequential for block in outputs] == [i in (2, 5) for i in range(9)]
+    assert [block_widths(block) for block in outputs] == [*[(4, 2)] * 5, (3, 2), (3, 1), (2, 1), (2, 1)]
+    assert {name.split(".")[0] for name in model.state_dict()} == {
+        "embed", "input_blocks", "middle_block", "output_blocks", "out",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES[3:])
+def test_every_encoder_block_is_a_skip_connection(stage: str) -> None:
+    model = make_model(stage).eval()
+    produced: list[Tensor] = []
+    consumed: list[Tensor] = []
+    for block in model.get_submodule("input_blocks").children():
+        block.register_forward_hook(lambda module, args, output: produced.append(output))
+    for block in model.get_submodule("output_blocks").children():
+        block.register_forward_pre_hook(lambda module, args: consumed.append(args[0]))
+    run(model)
+    assert len(produced) == len(consumed)
+    for skip, x in zip(reversed(produced), consumed):
+        assert torch.equal(x[:, -skip.shape[1] :], skip)
+
+
+@pytest.mark.parametrize(
+    ("num_res_blocks", "channel_mult"), [(2, (2, 2, 2, 1)), (1, (1,)), (3, (1, 2, 3)), (1, (1,) * 6)]
+)
+def test_loops_of_e_and_g_follow_their_options(num_res_blocks: int, channel_mult: tuple[int, ...]) -> None:
+    options = {"num_res_blocks": num_res_blocks, "channel_mult": channel_mult}
+    for model in (
+        make_model("part_e_cifar_deeper", **options),
+        make_model("part_g_cifar", attention_resolutions=(32,), **options),
+    ):
+        assert run(model).shape == (2, 3, 32, 32)
+        levels = len(channel_mult)
+        inputs, outputs = (
+            list(model.get_submodule("input_blocks").children()),
+            list(model.get_submodule("output_blocks")),
+        )  # type: ignore[arg-type]
+        assert len(inputs) == 1 + levels * num_res_blocks + levels - 1
+        assert len(outputs) == levels * (num_res_blocks + 1)
+        assert all(isinstance(block, TimestepBlockSequential) for block in outputs)
+        decoder = [block_widths(block)[1] for block in outputs]
+        assert decoder == [mult for mult in reversed(channel_mult) for _ in range(num_res_blocks + 1)]
+        middle = [m for m in model.get_submodule("middle_block").children() if isinstance(m, ResnetBlock)]
+        assert len(middle) == num_res_blocks
+
+
+def test_e_with_the_options_of_d_has_the_size_of_d() -> None:
+    e = make_model("part_e_cifar_deeper", channel_mult=(1, 2, 2))
+    assert sum(p.numel() for p in e.parameters()) == PARAMETERS["part_d_cifar_arch"]
+
+
+def test_too_many_levels_are_refused() -> None:
+    for stage in STAGES[4:]:
+        with pytest.raises(ValueError, match="--channel-mult"):
+            make_model(stage, channel_mult=(1,) * 7)
+
+
+def test_attention_is_where_the_options_say() -> None:
+    def places(**options: Any) -> list[str]:
+        model = make_model("part_g_cifar", **options)
+        return [name for name, module in model.named_modules() if isinstance(module, AttentionBlock)]
+
+    by_default = [
+        "input_blocks.4.1", "input_blocks.5.1", "middle_block.1",
+        "output_blocks.6.1", "output_blocks.7.1", "output_blocks.8.1",
+    ]  # fmt: skip
+    assert places() == by_default
+    assert places(attention_resolutions=()) == ["middle_block.1"]
+    assert len(places(attention_resolutions=(32, 16, 8, 4))) == 4 * 5 + 1
+    with pytest.raises(ValueError, match="--attention-resolutions"):
+        places(attention_resolutions=(7,))
+
+
+def test_attention_is_the_formula() -> None:
+    """softmax(q k^T / sqrt(C)) v over all pixels, between the block's own projections."""
+    torch.manual_seed(0)
+    block = AttentionBlock(32)
+    x = torch.randn(2, 32, 4, 4)
+    with torch.no_grad():
+        tokens = F.group_norm(x, 32, block.norm.weight, block.norm.bias).flatten(2)  # (2, 32, 16)
+        qkv = torch.einsum("oc,bcn->bno", block.qkv.weight[:, :, 0], tokens) + block.qkv.bias
+        weights, biases = block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)
+        q, k, v = (part @ w.T + b for part, w, b in zip(qkv.split(32, dim=2), weights, biases))
+        attended = torch.softmax(q @ k.transpose(1, 2) / 32**0.5, dim=-1) @ v
+        attended = attended @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+        assert block.out.bias is not None
+        expected = x + (attended @ block.out.weight[:, :, 0].T + block.out.bias).transpose(1, 2).view_as(x)
+        torch.testing.assert_close(block(x), expected)
