@@ -292,7 +292,9 @@ def _add_data_options(group: OptionGroup) -> None:
         "--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded on first use, shapes is drawn"
     )
     group.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps the data set")
-    group.add_argument("--data-url", help="another address of cifar-10-python.tar.gz (default: the official one)")
+    group.add_argument(
+        "--data-url", type=_url, help="another address of cifar-10-python.tar.gz (default: the official one)"
+    )
 
 
 def _add_run_options(group: OptionGroup) -> None:
@@ -378,6 +380,12 @@ def seed(word: str) -> int:
 
 def _decay(word: str) -> float:
     return _number(word, float, lambda value: 0 <= value < 1, "a number from 0 up to, but not including, 1")
+
+
+def _url(word: str) -> str:
+    if not word.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"must start with http:// or https://, got {word!r}")
+    return word
 
 
 def _number(word: str, kind: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Any:

@@ -3,6 +3,7 @@
 import http.client
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
     Args:
         dataset: "cifar10", downloaded on first use and checked by its published MD5, or "shapes", drawn on first use.
         data_dir: the folder that keeps the data set.
-        data_url: another address of CIFAR-10's archive.
+        data_url: another address of CIFAR-10's archive, http or https.
 
     Returns:
         uint8 (N, 3, 32, 32) in main memory.
@@ -58,7 +59,7 @@ def _load_shapes(data_dir: Path) -> np.ndarray:
     path = data_dir / "shapes.npz"
     try:
         return np.load(path)["images"]
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError):
+    except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):  # missing or damaged
         images = draw_shapes(60_000)
     try:
         with atomic_write(path) as file:
