@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.blocks import ACTIVATIONS, ActivationFn, Downsample, PositionalEncoding, ResnetBlock, Upsample
+from common.blocks import ACTIVATIONS, ActivationFn, Downsample, PositionalEncoding, ResnetBlock, Upsample, zero_init
 from common.cli import OptionGroup, Stage, main, multiple_of_32
 
 
@@ -54,7 +54,7 @@ class Model(nn.Module):
 
         self.norm_out = nn.GroupNorm(32, ch)
         self.act_out = activation_fn()
-        self.conv_out = nn.Conv2d(ch, 3, kernel_size=3, padding=1)
+        self.conv_out = zero_init(nn.Conv2d(ch, 3, kernel_size=3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns the noise in them."""

@@ -25,6 +25,7 @@ from common.blocks import (
     TimestepBlock,
     TimestepBlockSequential,
     Upsample,
+    zero_init,
 )
 from common.cli import OptionGroup, Stage, main, multiple_of_32
 
@@ -78,7 +79,7 @@ class Model(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(32, ch),
             activation_fn(),
-            nn.Conv2d(ch, 3, kernel_size=3, padding=1),
+            zero_init(nn.Conv2d(ch, 3, kernel_size=3, padding=1)),
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

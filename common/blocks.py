@@ -16,6 +16,14 @@ ACTIVATIONS: dict[str, ActivationFn] = {
 }
 
 
+def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
+    """Sets a convolution to zero, so that what it is added to, or the loss, starts out undisturbed."""
+    nn.init.zeros_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
 class PositionalEncoding(nn.Module):
     """The sinusoids of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), looked up by time step.
 
@@ -63,7 +71,8 @@ class TimestepBlockSequential(nn.Sequential, TimestepBlock):
 class ResnetBlock(TimestepBlock):
     """Two 3x3 convolutions with the time step added between them, and a shortcut around both.
 
-    The residual block of DDPM (arXiv:2006.11239, appendix B) without its dropout.
+    The residual block of DDPM (arXiv:2006.11239, appendix B) without its dropout. As there, the second convolution
+    starts at zero: an untrained block is its shortcut.
 
     Args:
         in_channels, out_channels: both must be multiples of num_groups.
@@ -87,7 +96,7 @@ class ResnetBlock(TimestepBlock):
         self.embed_proj = nn.Linear(embed_dim, out_channels)
         self.norm2 = nn.GroupNorm(num_groups, out_channels)
         self.act2 = activation_fn()
-        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)

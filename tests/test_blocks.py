@@ -48,6 +48,11 @@ def test_resnet_block_is_that_of_diffusers(out_channels: int) -> None:
     torch.testing.assert_close(ours(x, emb), theirs(x, emb))
 
 
+def test_an_untrained_resnet_block_is_its_shortcut() -> None:
+    x = torch.randn(2, 32, 4, 4)
+    assert torch.equal(ResnetBlock(32, 32, embed_dim=8)(x, torch.randn(2, 8)), x)
+
+
 def test_resnet_block_has_a_convolution_as_shortcut_only_where_the_channels_change() -> None:
     assert isinstance(ResnetBlock(32, 32, 8).shortcut, nn.Identity)
     shortcut = ResnetBlock(32, 64, 8).shortcut

@@ -37,8 +37,13 @@ A_SHAPES = {  # channels and pixels a side of what each module returns
 
 
 def make_model(stage: str, **options: Any) -> nn.Module:
+    """A stage's model in which no weight is left at zero, so that everything shows in the output."""
     torch.manual_seed(0)
-    return importlib.import_module(stage).Model(**options)
+    model = importlib.import_module(stage).Model(**options)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def run(model: nn.Module, batch: int = 2) -> Tensor:
@@ -91,6 +96,12 @@ def test_every_parameter_learns(stage: str) -> None:
     model(torch.randn(2, 3, 32, 32), torch.tensor([3, 700])).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_untrained_net_predicts_no_noise(stage: str) -> None:
+    assert not run(importlib.import_module(stage).Model()).any()
 
 
 @pytest.mark.parametrize("width", [None, 32, 64])
@@ -206,10 +217,8 @@ def test_loops_of_e_and_g_follow_their_options(num_res_blocks: int, channel_mult
     ):
         assert run(model).shape == (2, 3, 32, 32)
         levels = len(channel_mult)
-        inputs, outputs = (
-            list(model.get_submodule("input_blocks").children()),
-            list(model.get_submodule("output_blocks")),
-        )  # type: ignore[arg-type]
+        inputs = list(model.get_submodule("input_blocks").children())
+        outputs = list(model.get_submodule("output_blocks").children())
         assert len(inputs) == 1 + levels * num_res_blocks + levels - 1
         assert len(outputs) == levels * (num_res_blocks + 1)
         assert all(isinstance(block, TimestepBlockSequential) for block in outputs)
@@ -253,6 +262,7 @@ def test_attention_is_the_formula() -> None:
     x = torch.randn(2, 32, 4, 4)
     with torch.no_grad():
         tokens = F.group_norm(x, 32, block.norm.weight, block.norm.bias).flatten(2)  # (2, 32, 16)
+        assert block.qkv.bias is not None
         qkv = torch.einsum("oc,bcn->bno", block.qkv.weight[:, :, 0], tokens) + block.qkv.bias
         weights, biases = block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)
         q, k, v = (part @ w.T + b for part, w, b in zip(qkv.split(32, dim=2), weights, biases))

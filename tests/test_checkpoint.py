@@ -1,0 +1,116 @@
+"""Checkpoints are whole, refuse what is not theirs, and run nobody's code."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common import checkpoint
+from common.checkpoint import Checkpoint, atomic_write
+from common.errors import UserError
+from common.training import Trainer, TrainingOptions
+from part_a_cifar import Model
+
+
+@pytest.fixture(scope="module")
+def contents() -> Checkpoint:
+    trainer = Trainer("part_a_cifar", {"model_channels": 32}, Model(), TrainingOptions())
+    trainer.step(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    return trainer.checkpoint()
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path, contents: Checkpoint) -> None:
+    checkpoint.save(tmp_path / "new" / "checkpoint.pt", contents)
+    loaded = checkpoint.load(tmp_path / "new" / "checkpoint.pt", "part_a_cifar")
+    assert loaded.keys() == contents.keys()
+    assert loaded["training_options"] == contents["training_options"]
+    assert torch.equal(loaded["ema"]["conv_in.weight"], contents["ema"]["conv_in.weight"])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, contents: Checkpoint) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, contents)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="the disk is full"), atomic_write(path) as file:
+        file.write(b"half of it")
+        raise RuntimeError("the disk is full")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_is_on_the_disk_before_it_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        calls.append("fsync")
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"contents")
+    assert calls == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage": "part_b_cifar_more_channels"}, "part_b_cifar_more_channels.py, not of part_a_cifar.py"),
+        ({"format": 2}, "format 2"),
+        ({"optimizer": None}, "lacks optimizer"),
+        ({"stage": None}, "not a checkpoint of this project"),
+    ],
+)
+def test_foreign_checkpoints_are_refused(
+    tmp_path: Path, contents: Checkpoint, change: dict[str, Any], message: str
+) -> None:
+    changed = {key: value for key, value in {**contents, **change}.items() if value is not None}
+    path = tmp_path / "checkpoint.pt"
+    torch.save(changed, path)
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load(path, "part_a_cifar")
+    assert str(path) in str(error.value)
+
+
+def test_damaged_files_are_refused(tmp_path: Path, contents: Checkpoint) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, contents)
+    whole = path.read_bytes()
+    for damaged in (b"", b"no checkpoint", whole[: len(whole) // 2], whole[:-100], pickle.dumps([1, 2])):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as error:
+            checkpoint.load(path, "part_a_cifar")
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+class Attack:
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.victim,)
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path, contents: Checkpoint) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({**contents, "progress": Attack(tmp_path / "victim")}, path)
+    with pytest.raises(UserError):
+        checkpoint.load(path, "part_a_cifar")
+    assert not (tmp_path / "victim").exists()
+    torch.load(path, weights_only=False)  # the attack is a real one
+    assert (tmp_path / "victim").exists()
+
+
+def test_a_missing_checkpoint_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"python part_a_cifar.py train"):
+        checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")

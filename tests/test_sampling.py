@@ -1,0 +1,200 @@
+"""Both samplers, against diffusers step by step and with denoisers whose samples are known."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from PIL import Image
+from torch import Tensor, nn
+
+from common.sampling import NoisePredictor, ddim, ddim_times, ddpm, sample_images, save_grid
+from common.schedule import NoiseSchedule
+
+
+@pytest.fixture(scope="module")
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule()
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def last(states: Iterator[Tensor]) -> Tensor:
+    *_, state = states
+    return state
+
+
+def weak_model(xt: Tensor, t: Tensor) -> Tensor:
+    """A noise that the model of an untrained net might predict: x0 has to be clipped all the way."""
+    return 0.9 * torch.tanh(xt) + 0.1 * torch.cos(t[:, None, None, None] / 100)
+
+
+def test_ddpm_is_that_of_diffusers_at_every_step(schedule: NoiseSchedule) -> None:
+    theirs = DDPMScheduler(variance_type="fixed_small", clip_sample=True)
+    generator = torch.Generator().manual_seed(1)
+    xt = expected = noise(2, 3, 8, 8)
+    states = list(ddpm(weak_model, schedule, xt, torch.Generator().manual_seed(1)))
+    assert len(states) == 1000
+    for t, state in zip(reversed(range(1000)), states):
+        expected = theirs.step(weak_model(expected, torch.tensor([t, t])), t, expected, generator=generator).prev_sample
+        # Theirs takes 1 - alpha_bar from the rounded alpha_bar, which shows in the last steps.
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50, 1000])
+def test_ddim_is_that_of_diffusers_at_every_step(schedule: NoiseSchedule, steps: int) -> None:
+    theirs = DDIMScheduler(clip_sample=True, timestep_spacing="trailing")
+    theirs.set_timesteps(steps)
+    assert theirs.timesteps.tolist() == ddim_times(1000, steps)
+    expected = noise(2, 3, 8, 8)
+    states = list(ddim(weak_model, schedule, expected, steps))
+    assert len(states) == steps
+    for t, state in zip(theirs.timesteps.tolist(), states):
+        pred_noise = weak_model(expected, torch.tensor([t, t]))
+        expected = theirs.step(pred_noise, t, expected, use_clipped_model_output=True).prev_sample
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 333, 999, 1000])
+def test_ddim_times_start_at_the_last_step_and_fall(steps: int) -> None:
+    times = ddim_times(1000, steps)
+    assert len(times) == steps
+    assert times[0] == 999
+    assert times[-1] >= 0
+    assert all(a > b for a, b in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_ddim_refuses_more_steps_than_there_are_or_none(steps: int) -> None:
+    with pytest.raises(ValueError, match="1 to 1000"):
+        ddim_times(1000, steps)
+
+
+def gaussian_denoiser(schedule: NoiseSchedule, mean: float, std: float) -> NoisePredictor:
+    """The best noise predictor for images whose pixels are independent N(mean, std^2)."""
+
+    def predict(xt: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = schedule.alpha_bar.double()[t][:, None, None, None]
+        gain = std**2 * alpha_bar.sqrt() / (std**2 * alpha_bar + 1 - alpha_bar)
+        x0 = mean + gain * (xt - alpha_bar.sqrt() * mean)
+        return ((xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()).float()
+
+    return predict
+
+
+@pytest.mark.parametrize(("sampler", "tolerance"), [("ddpm", 0.02), ("ddim", 0.05)])
+def test_ideal_denoiser_of_a_gaussian_draws_that_gaussian(
+    schedule: NoiseSchedule, sampler: str, tolerance: float
+) -> None:
+    mean, std = 0.3, 0.15
+    xt = noise(4, 3, 32, 32)
+    model = gaussian_denoiser(schedule, mean, std)
+    if sampler == "ddpm":
+        x0 = last(ddpm(model, schedule, xt, torch.Generator().manual_seed(1)))
+    else:
+        x0 = last(ddim(model, schedule, xt, 100))
+    assert x0.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(x0.numel()) + 0.001)
+    assert x0.std().item() == pytest.approx(std, rel=tolerance)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_ideal_denoiser_of_four_images_draws_each_of_them_equally_often(schedule: NoiseSchedule, sampler: str) -> None:
+    images = torch.where(noise(4, 3, 4, 4, seed=3) > 0, 0.9, -0.9)
+
+    def model(xt: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = schedule.alpha_bar[t]
+        distance = torch.cdist(xt.flatten(1), alpha_bar[0].sqrt() * images.flatten(1)) ** 2
+        share = torch.softmax(-distance / (2 * (1 - alpha_bar[:, None])), dim=1)  # (B, 4)
+        x0 = (share @ images.flatten(1)).view_as(xt)
+        return schedule.implied_noise(x0, xt, t)
+
+    xt = noise(1000, 3, 4, 4)
+    generator = torch.Generator().manual_seed(1)
+    x0 = last(ddpm(model, schedule, xt, generator) if sampler == "ddpm" else ddim(model, schedule, xt, 50))
+    distance, nearest = torch.cdist(x0.flatten(1), images.flatten(1)).min(dim=1)
+    assert distance.median() < 0.02
+    assert (distance < 0.1).float().mean() > 0.99
+    for count in torch.bincount(nearest, minlength=4).tolist():
+        assert 250 - 4 * 13.7 < count < 250 + 4 * 13.7  # four standard deviations of the binomial
+
+
+def test_images_stay_in_range_however_weak_the_model(schedule: NoiseSchedule) -> None:
+    for states in (
+        ddpm(weak_model, schedule, noise(2, 3, 8, 8), torch.Generator().manual_seed(0)),
+        ddim(weak_model, schedule, noise(2, 3, 8, 8), 50),
+    ):
+        x0 = last(states)
+        assert -1 <= x0.min() <= x0.max() <= 1
+
+
+class Untrained(nn.Module):
+    """A net that is in the wrong mode when it is called in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        return self.conv(x)
+
+
+def draw(schedule: NoiseSchedule, num_images: int = 5, **options: object) -> Tensor:
+    torch.manual_seed(0)
+    model = Untrained()
+    images = sample_images(model, schedule, num_images, **{"sampler": "ddim", "steps": 3, **options})  # type: ignore[arg-type]
+    assert model.training
+    return images
+
+
+def test_sample_images_are_bytes_and_depend_on_the_seed(schedule: NoiseSchedule) -> None:
+    images = draw(schedule)
+    assert images.shape == (5, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    assert torch.equal(images, draw(schedule))
+    assert not torch.equal(images, draw(schedule, seed=1))
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 3, 4, 5])
+def test_images_are_drawn_in_chunks(schedule: NoiseSchedule, num_images: int) -> None:
+    images = draw(schedule, num_images, batch_size=2)
+    assert images.shape == (num_images, 3, 32, 32)
+    assert len(torch.unique(images.flatten(1), dim=0)) == num_images
+    assert torch.equal(images, draw(schedule, 5, batch_size=2)[:num_images])
+
+
+def test_sampling_leaves_the_global_random_numbers_alone(schedule: NoiseSchedule) -> None:
+    model = Untrained()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    for sampler in ("ddpm", "ddim"):
+        sample_images(model, schedule, 1, sampler=sampler)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_grid_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
+    images = torch.randint(1, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_grid(images, tmp_path / "new" / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    assert grid.shape == (274, 274, 3)
+    rest = grid.copy()
+    for i, image in enumerate(images):
+        top, left = 2 + 34 * (i // 8), 2 + 34 * (i % 8)
+        np.testing.assert_array_equal(grid[top : top + 32, left : left + 32], image.permute(1, 2, 0).numpy())
+        rest[top : top + 32, left : left + 32] = 0
+    assert not rest.any()  # black between the images
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (5, 3, 2), (10, 4, 3), (65, 9, 8)])
+def test_grid_is_as_square_as_it_goes(tmp_path: Path, count: int, columns: int, rows: int) -> None:
+    save_grid(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), tmp_path / "grid.png")
+    width, height = Image.open(tmp_path / "grid.png").size
+    padding = 0 if count == 1 else 2
+    assert (width, height) == (columns * (32 + padding) + padding, rows * (32 + padding) + padding)

@@ -1,0 +1,287 @@
+"""The training loop: the same weights however often it is cut, honest means, averaged weights, the run folder."""
+
+import csv
+import importlib
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from common import checkpoint
+from common.errors import UserError
+from common.schedule import NoiseSchedule
+from common.training import Trainer, TrainingOptions, average_weights, diffusion_loss, train
+from tests.conftest import ROOT, STAGES, run_stage
+
+PATTERN = {"epochs": 3, "batch_size": 16}  # of 44 images: 3 steps an epoch, 9 in all
+
+
+def make_trainer(stage: str = "part_a_cifar", bf16: bool = False, **options: Any) -> Trainer:
+    training_options = TrainingOptions(**{**PATTERN, **options})
+    torch.manual_seed(training_options.seed)
+    return Trainer(stage, {}, importlib.import_module(stage).Model(), training_options, bf16)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Two checkpoints, or parts of them, are equal to the last bit, but for how long things took."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds", "images_per_second"}:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            assert_same(a, b)
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def read_log(run_dir: Path) -> list[dict[str, str]]:
+    with open(run_dir / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The last checkpoint of a run that nothing interrupted and that drew no pictures."""
+    images = torch.randint(256, (44, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    run_dir = tmp_path_factory.mktemp("uncut")
+    train(make_trainer(hflip=True), images, run_dir, sample_every=0)
+    return dict(checkpoint.load(run_dir / "checkpoint.pt", "part_a_cifar"))
+
+
+@pytest.mark.parametrize("cuts", [[1], [2], [3], [4, 5], [6], [8], [1, 2, 3, 4, 5, 6, 7, 8], [9]])
+def test_resumed_run_equals_the_uncut_one_bit_for_bit(
+    images: Tensor, tmp_path: Path, uncut: dict[str, Any], cuts: list[int]
+) -> None:
+    for max_steps in [*cuts, None]:
+        torch.manual_seed(max_steps or 99)  # as another process would start out
+        trainer = make_trainer(hflip=True)
+        if (tmp_path / "checkpoint.pt").exists():
+            trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"))
+        train(trainer, images, tmp_path, max_steps=max_steps, sample_every=0)
+        assert trainer.progress.step == (max_steps or 9)
+    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
+    assert [row["epoch"] for row in read_log(tmp_path)] == ["1", "2", "3"]
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_is_as_good(
+    images: Tensor, tmp_path: Path, uncut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run dies right after its checkpoint of step 4, as if killed."""
+
+    class Killed(BaseException):
+        pass
+
+    save = checkpoint.save
+
+    def save_then_die(path: Path, contents: checkpoint.Checkpoint) -> None:
+        save(path, contents)
+        if contents["progress"]["step"] == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", save_then_die)
+        train(make_trainer(hflip=True), images, tmp_path, sample_every=0, checkpoint_every=2)
+    trainer = make_trainer(hflip=True)
+    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"))
+    assert (trainer.progress.step, trainer.progress.seen) == (4, 16)
+    train(trainer, images, tmp_path, sample_every=0)
+    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
+
+
+def test_pictures_during_training_change_nothing_in_the_weights(
+    images: Tensor, tmp_path: Path, uncut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.training.GRID_IMAGES", 4)
+    train(make_trainer(hflip=True), images, tmp_path, sample_every=2)
+    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "data.png", "epoch-0002.png", "epoch-0003.png",
+    ]  # fmt: skip
+    assert Image.open(tmp_path / "samples" / "epoch-0003.png").size == (70, 70)
+
+
+def test_another_seed_or_option_gives_other_weights(images: Tensor, tmp_path: Path, uncut: dict[str, Any]) -> None:
+    others: list[dict[str, Any]] = [{"seed": 1}, {"hflip": False}, {"lr": 2e-3}, {"batch_size": 15}]
+    for number, options in enumerate(others):
+        trainer = make_trainer(stage="part_a_cifar", **{"hflip": True, **options})
+        train(trainer, images, tmp_path / str(number), sample_every=0)
+        assert not torch.equal(trainer.model.state_dict()["conv_in.weight"], uncut["model"]["conv_in.weight"])
+
+
+def test_logged_loss_is_the_mean_over_images_whatever_the_batches(images: Tensor) -> None:
+    """Against the mean of all squared errors at once, in float64, with weights that stand still."""
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 32, 32))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.weight.expand_as(x)
+
+    trainer = Trainer("constant", {}, Constant(), TrainingOptions(lr=1e-30))
+    noises: list[Tensor] = []
+    add_noise = trainer.schedule.add_noise
+
+    def note(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        noises.append(noise.double())
+        return add_noise(x0, t, noise)
+
+    trainer.schedule.add_noise = note  # type: ignore[method-assign]
+    for batch in images.split(16):
+        trainer.step(batch)
+    assert [len(noise) for noise in noises] == [16, 16, 12]
+    assert trainer.mean_loss() == pytest.approx(torch.cat(noises).square().mean().item(), rel=1e-6)
+
+
+def test_loss_of_a_net_that_predicts_nothing_is_the_variance_of_the_noise() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return torch.zeros_like(x)
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 3, 32, 32, generator=generator)
+    loss = diffusion_loss(Nothing(), NoiseSchedule(), torch.zeros_like(noise), torch.arange(64), noise)
+    assert loss.item() == pytest.approx(1, abs=5 * math.sqrt(2 / noise.numel()))
+
+
+def test_every_time_step_is_drawn_equally_often() -> None:
+    drawn: list[Tensor] = []
+
+    class Note(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            drawn.append(t)
+            return self.weight * x
+
+    trainer = Trainer("note", {}, Note(), TrainingOptions())
+    for _ in range(100):
+        trainer.step(torch.zeros(1000, 3, 1, 1, dtype=torch.uint8))
+    times = torch.cat(drawn)
+    assert (times.min(), times.max()) == (0, 999)
+    quarters = torch.bincount(times // 250) / len(times)
+    assert quarters.sub(0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / len(times))
+
+
+def test_averaged_weights_are_the_ramped_mean() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    for decay in (0.0, 0.5, 0.9999):
+        ema = average_weights(model, decay)
+        averaged = next(ema.parameters())
+        expected: float | None = None
+        for n, value in enumerate(np.random.RandomState(0).random_sample(30)):
+            nn.init.constant_(model.weight, value)
+            ema.update_parameters(model)
+            keep = min(decay, (1 + n) / (10 + n))
+            expected = value if expected is None else keep * expected + (1 - keep) * value
+        assert averaged.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_averaging_copies_buffers_and_keeps_float32() -> None:
+    model = nn.BatchNorm1d(2)
+    ema = average_weights(model, 0.9999)
+    for _ in range(3):
+        model(torch.randn(8, 2))
+        ema.update_parameters(model)
+    assert model.running_mean is not None
+    assert torch.equal(ema.module.get_buffer("running_mean"), model.running_mean)
+    trainer = make_trainer(bf16=True)
+    trainer.step(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert {p.dtype for p in trainer.ema.parameters()} == {torch.float32}
+
+
+def test_averaging_turned_off_leaves_the_weights_themselves(images: Tensor, tmp_path: Path) -> None:
+    train(make_trainer(ema_decay=0.0, epochs=1), images, tmp_path, sample_every=0)
+    saved = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")
+    assert_same(dict(saved["ema"]), dict(saved["model"]))
+
+
+@pytest.mark.parametrize("stage", [STAGES[0], STAGES[6]])
+def test_bf16_autocast_learns_as_fp32_does(stage: str) -> None:
+    """Sixty steps on one batch: the losses of both stay together and fall."""
+    batch = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    means = []
+    for bf16 in (False, True):
+        trainer = make_trainer(stage, bf16=bf16)
+        for _ in range(30):
+            trainer.step(batch)
+        first = trainer.mean_loss()
+        trainer._loss_sum.zero_()
+        trainer.progress.seen = 0
+        for _ in range(30):
+            trainer.step(batch)
+        assert trainer.mean_loss() < 0.9 * first
+        means.append(trainer.mean_loss())
+    assert means[1] == pytest.approx(means[0], rel=0.05)
+
+
+def test_log_has_a_row_per_epoch(images: Tensor, tmp_path: Path) -> None:
+    train(make_trainer(), images, tmp_path, sample_every=0)
+    rows = read_log(tmp_path)
+    assert list(rows[0]) == ["epoch", "step", "train_loss", "images_per_second", "seconds"]
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6"), ("3", "9")]
+    for row in rows:
+        assert 0.1 < float(row["train_loss"]) < 2
+        assert float(row["images_per_second"]) == pytest.approx(44 / float(row["seconds"]), rel=0.1)
+
+
+def test_data_grid_shows_images_as_the_model_sees_them(tmp_path: Path) -> None:
+    half = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    half[..., :16] = 255  # white on the left
+    train(make_trainer(hflip=True, epochs=1, batch_size=64), half, tmp_path, sample_every=0)
+    grid = np.asarray(Image.open(tmp_path / "samples" / "data.png"))
+    corners = {int(grid[2 + 34 * row, 2 + 34 * column, 0]) for row in range(8) for column in range(8)}
+    assert corners == {0, 255}
+
+
+def test_a_loss_that_is_no_number_stops_the_run(images: Tensor, tmp_path: Path) -> None:
+    trainer = make_trainer(lr=1e30)
+    with pytest.raises(UserError, match=r"step .* --lr 1e"):
+        train(trainer, images, tmp_path, sample_every=0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_stop(tmp_path: Path, shapes_dir: Path, number: signal.Signals, status: int) -> None:
+    arguments = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path), "--batch-size", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "part_a_cifar.py", "train", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()  # the run has begun
+    time.sleep(1)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    assert "--resume" in process.stdout.read()
+    step = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")["progress"]["step"]
+    assert step > 0
+    assert (
+        run_stage(
+            "part_a_cifar",
+            "train",
+            "--resume",
+            "--data-dir",
+            shapes_dir,
+            "--run-dir",
+            tmp_path,
+            "--max-steps",
+            step + 1,
+        )
+        == 0
+    )
