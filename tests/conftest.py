@@ -23,7 +23,7 @@ STAGES = [
 ]
 
 
-def run_stage(name: str, *arguments: str | Path) -> int:
+def run_stage(name: str, *arguments: object) -> int:
     """Runs `python NAME.py ARGUMENTS` within this process and returns its exit status."""
     stage: Stage = importlib.import_module(name).stage
     with pytest.raises(SystemExit) as exit_:

@@ -1,0 +1,313 @@
+"""The command line: every documented command, what a run leaves behind, and one line for every mistake."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from common import checkpoint
+from tests.conftest import STAGES, run_stage
+
+A, B, C, D, E, F, G = STAGES
+
+COMMANDS = """
+part_a_cifar.py train
+part_a_cifar.py train --batch-size 128 --lr 1e-3 --epochs 80
+part_a_cifar.py test
+part_b_cifar_more_channels.py train
+part_b_cifar_more_channels.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32
+part_b_cifar_more_channels.py test --model-channels 32
+part_c_cifar_silu.py train
+part_c_cifar_silu.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu
+part_c_cifar_silu.py test --model-channels 32 --activation silu
+part_d_cifar_arch.py train
+part_d_cifar_arch.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu
+part_d_cifar_arch.py test --model-channels 32 --activation silu
+part_e_cifar_deeper.py train
+part_e_cifar_deeper.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1
+part_e_cifar_deeper.py test --model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1
+part_f_cifar_hflips.py train --hflip
+part_f_cifar_hflips.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1 --hflip
+part_f_cifar_hflips.py test --model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1 --hflip
+part_g_cifar.py train
+part_g_cifar.py train --batch-size 128 --lr 1e-3 --epochs 10
+part_g_cifar.py test
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_documented_commands_run(
+    stage: str, tmp_path: Path, shapes_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in COMMANDS.splitlines() if line.startswith(f"{stage}.py ")]
+    assert [command[1] for command in commands] == ["train", "train", "test"]
+    suffix = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--max-steps", "2"]
+    assert run_stage(stage, *commands[0][1:], *suffix) == 0
+    assert run_stage(stage, *commands[1][1:], *suffix, "--overwrite") == 0
+    assert run_stage(stage, *commands[2][1:], "--num-images", "4", "--sampler", "ddim", "--steps", "3") == 0
+    folder = Path("runs") / stage
+    assert str(folder / "samples.png") in capsys.readouterr().out
+    assert Image.open(folder / "samples.png").size == (70, 70)
+    saved = checkpoint.load(folder / "checkpoint.pt", stage)
+    assert saved["progress"]["step"] == 2
+    options = saved["training_options"]
+    assert options["epochs"] == {A: 80, G: 10}.get(stage, 120)
+    assert (options["dataset"], options["batch_size"], options["lr"]) == ("shapes", 128, 1e-3)
+    assert options["hflip"] == (stage in (F, G))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path) -> Path:
+    """A run of stage E, two steps old, that differs from the defaults in a few options."""
+    folder = tmp_path_factory.mktemp("runs") / "e"
+    status = run_stage(
+        E, "train", "--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", folder, "--max-steps", 2,
+        "--model-channels", 32, "--channel-mult", 1, 2, "--num-res-blocks", 1, "--batch-size", 4, "--lr", "3e-4",
+        "--seed", 7, "--epochs", 5,
+    )  # fmt: skip
+    assert status == 0
+    return folder
+
+
+def test_run_folder_holds_what_is_promised(run_dir: Path) -> None:
+    files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
+    assert [name for name in files if name != "samples.png"] == ["checkpoint.pt", "log.csv", "samples/data.png"]
+    assert Image.open(run_dir / "samples" / "data.png").size == (274, 274)
+
+
+def test_test_draws_64_images_without_any_model_option(run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "grid.png"
+    assert run_stage(E, "test", "--run-dir", run_dir, "--sampler", "ddim", "--steps", 2, "--output", output) == 0
+    assert Image.open(output).size == (274, 274)
+    assert Image.open(output).mode == "RGB"
+
+
+def test_test_takes_ema_or_raw_weights_and_a_seed(run_dir: Path, tmp_path: Path) -> None:
+    def draw(*options: str | int) -> bytes:
+        path = tmp_path / "grid.png"
+        common = ("--checkpoint", run_dir / "checkpoint.pt", "--num-images", 2, "--output", path)
+        assert run_stage(E, "test", *common, "--sampler", "ddim", "--steps", 2, *options) == 0
+        return path.read_bytes()
+
+    assert draw() == draw("--weights", "ema", "--seed", 0)
+    assert len({draw(), draw("--weights", "raw"), draw("--seed", 1), draw("--steps", 3)}) == 4
+
+
+def test_ddpm_takes_a_thousand_steps_by_default(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(E, "test", "--run-dir", run_dir, "--num-images", 1, "--output", tmp_path / "grid.png") == 0
+    assert "1 images by ddpm in 1000 steps, ema weights" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_options_but_for_those_given(run_dir: Path, tmp_path: Path, shapes_dir: Path) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes())
+    before = checkpoint.load(folder / "checkpoint.pt", E)
+    common = ("--data-dir", shapes_dir, "--run-dir", folder, "--max-steps", 3)
+    assert run_stage(E, "train", "--resume", "--lr", "2e-4", "--model-channels", 32, *common) == 0
+    after = checkpoint.load(folder / "checkpoint.pt", E)
+    assert after["model_options"] == before["model_options"]
+    assert after["training_options"] == {**before["training_options"], "lr": 2e-4}
+    assert after["progress"]["step"] == 3
+
+
+@pytest.mark.parametrize("command", ["test", "train --resume"])
+@pytest.mark.parametrize(
+    ("option", "now", "then"),
+    [
+        ("--model-channels 64", "64", "32"),
+        ("--activation relu", "relu", "silu"),
+        ("--num-res-blocks 2", "2", "1"),
+        ("--channel-mult 2 2 2 1", "2 2 2 1", "1 2"),
+    ],
+)
+def test_an_option_that_contradicts_the_checkpoint_is_refused(
+    run_dir: Path, command: str, option: str, now: str, then: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    assert run_stage(E, *command.split(), *option.split(), "--run-dir", run_dir) == 2
+    error = capsys.readouterr().err
+    assert option.split()[0] in error
+    assert f"{now} contradicts" in error
+    assert f"with {then}" in error
+    assert error.count("\n") == 1
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--seed 8", "--dataset cifar10"])
+def test_a_resumed_run_keeps_its_seed_and_its_data_set(
+    run_dir: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(E, "train", "--resume", *option.split(), "--run-dir", run_dir) == 2
+    assert option.split()[0] in capsys.readouterr().err
+
+
+def test_a_run_is_not_trained_over_unless_asked(
+    run_dir: Path, tmp_path: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "samples" / "epoch-0099.png").touch()
+    (folder / "checkpoint.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes())
+    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", folder, "--max-steps", 1, "--batch-size", 2)
+    assert run_stage(E, "train", *common) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert checkpoint.load(folder / "checkpoint.pt", E)["progress"]["step"] == 2
+    assert run_stage(E, "train", "--overwrite", *common) == 0
+    assert checkpoint.load(folder / "checkpoint.pt", E)["progress"]["step"] == 1
+    assert not (folder / "samples" / "epoch-0099.png").exists()
+
+
+def test_resume_without_a_run_begins_one(tmp_path: Path, shapes_dir: Path) -> None:
+    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 2)
+    assert run_stage(A, "train", "--resume", "--max-steps", 1, *common) == 0
+    assert checkpoint.load(tmp_path / "checkpoint.pt", A)["progress"]["step"] == 1
+
+
+def test_cifar10_trains(tmp_path: Path, cifar10_dir: Path) -> None:
+    common = ("--data-dir", cifar10_dir, "--run-dir", tmp_path, "--batch-size", 8)
+    assert run_stage(A, "train", "--max-steps", 1, *common) == 0
+    assert np.asarray(Image.open(tmp_path / "samples" / "data.png")).std() > 30
+
+
+def test_compiled_model_learns_what_the_plain_one_does(
+    tmp_path: Path, shapes_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler itself is replaced by one that only notes that it was asked; names of the weights stay."""
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--batch-size", 2, "--max-steps", 2)
+    assert run_stage(A, "train", *common, "--run-dir", tmp_path / "plain") == 0
+    assert not compiled
+    assert run_stage(A, "train", *common, "--run-dir", tmp_path / "compiled", "--compile") == 0
+    assert len(compiled) == 1
+    plain, other = (checkpoint.load(tmp_path / name / "checkpoint.pt", A)["model"] for name in ("plain", "compiled"))
+    assert all(torch.equal(plain[key], other[key]) for key in plain)
+
+
+MISTAKES = [
+    (A, "", "train,test"),
+    (A, "paint", "paint"),
+    (A, "train --epochs 0", "--epochs"),
+    (A, "train --epochs 1.5", "--epochs"),
+    (A, "train --batch-size -1", "--batch-size"),
+    (A, "train --batch-size many", "--batch-size"),
+    (A, "train --lr 0", "--lr"),
+    (A, "train --lr nan", "--lr"),
+    (A, "train --lr inf", "--lr"),
+    (A, "train --ema-decay 1", "--ema-decay"),
+    (A, "train --ema-decay -0.1", "--ema-decay"),
+    (A, "train --max-steps 0", "--max-steps"),
+    (A, "train --sample-every -1", "--sample-every"),
+    (A, "train --checkpoint-every 0", "--checkpoint-every"),
+    (A, "train --seed -1", "--seed"),
+    (A, "train --dataset mnist", "--dataset"),
+    (A, "train --data-url file:///etc/passwd", "--data-url"),
+    (A, "train --device abacus", "--device"),
+    (A, "train --precision fp8", "--precision"),
+    (A, "train --resume --overwrite", "--overwrite"),
+    (A, "train --model-channels 32", "--model-channels"),
+    (A, "train --hflip", "--hflip"),
+    (B, "train --model-channels 0", "--model-channels"),
+    (B, "train --model-channels -32", "--model-channels"),
+    (B, "train --model-channels 48", "--model-channels"),
+    (B, "train --model-channels wide", "--model-channels"),
+    (C, "train --activation tanh", "--activation"),
+    (E, "train --num-res-blocks 0", "--num-res-blocks"),
+    (E, "train --channel-mult", "--channel-mult"),
+    (E, "train --channel-mult 2 0", "--channel-mult"),
+    (E, "train --channel-mult 1 1 1 1 1 1 1", "--channel-mult"),
+    (G, "train --attention-resolutions 7", "--attention-resolutions"),
+    (A, "test --num-images 0", "--num-images"),
+    (A, "test --steps 0", "--steps"),
+    (A, "test --sampler ddim --steps 1001", "--steps"),
+    (A, "test --sampler ddpm --steps 50", "--steps"),
+    (A, "test --sampler euler", "--sampler"),
+    (A, "test --weights best", "--weights"),
+    (A, "test --batch-size 0", "--batch-size"),
+    (A, "test --output grid.jpg", "--output"),
+    (A, "test --output no/such/folder/grid.png", "--output"),
+]
+
+
+@pytest.mark.parametrize(("stage", "arguments", "name"), MISTAKES, ids=lambda value: str(value) or "nothing")
+def test_a_mistake_ends_in_one_line_that_names_the_option(
+    stage: str,
+    arguments: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_stage(stage, *arguments.split()) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert name in output.err
+    assert output.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage(A, "train", "--device", "cuda", "--run-dir", tmp_path) == 2
+    assert "--device" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_and_a_foreign_one(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(A, "test", "--run-dir", tmp_path) == 1
+    assert str(tmp_path / "checkpoint.pt") in capsys.readouterr().err
+    assert run_stage(A, "test", "--run-dir", run_dir) == 1
+    assert E in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    status = run_stage(
+        A, "train", "--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path / "file" / "run"
+    )
+    assert status == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file") in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("command", ["train", "test"])
+def test_help_lists_every_option_with_its_default(
+    stage: str, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert run_stage(stage, command, "--help") == 0
+    entries = re.split(r"\n(?=  -)", capsys.readouterr().out)[2:]  # after the usage and -h
+    assert len(entries) >= 12
+    for entry in entries:
+        assert "default:" in entry, entry
+    own = {A: [], B: ["--model-channels"], C: ["--activation"], E: ["--num-res-blocks", "--channel-mult"]}
+    own |= {D: own[C], F: [*own[E], "--hflip"], G: [*own[E], "--hflip", "--attention-resolutions"]}
+    for option in own[stage]:
+        assert any(entry.startswith(f"  {option}") for entry in entries)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_script_tells_its_commands_and_its_size(stage: str) -> None:
+    module = importlib.import_module(stage)
+    assert module.__doc__ is not None
+    for command in ("train", "test"):
+        assert f"python {stage}.py {command}" in module.__doc__
+    assert f"{sum(p.numel() for p in module.Model().parameters()):,} parameters" in module.__doc__
+    assert sys.modules[stage].stage.name == stage
