@@ -98,12 +98,12 @@ def sample_images(
     Returns:
         uint8 (num_images, 3, 32, 32) in main memory.
     """
+    device = schedule.beta.device
 
     def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return model(xt, t).float()
 
-    device = schedule.beta.device
     was_training = model.training
     model.eval()
     chunks = []

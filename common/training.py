@@ -79,10 +79,11 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """
 
     def update(averaged: Any, current: Any, num_averaged: Any) -> None:
-        n = int(num_averaged)
+        n = int(ema.n_averaged)  # num_averaged is its copy on the model's device, and reading that makes a GPU wait
         get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
 
-    return AveragedModel(model, multi_avg_fn=update)
+    ema = AveragedModel(model, multi_avg_fn=update)
+    return ema
 
 
 class Trainer:
@@ -147,23 +148,23 @@ class Trainer:
             )
         return loss
 
-    def finish_epoch(self, seconds: float) -> None:
-        """Adds the row of an epoch that took so long to the log, and makes ready for the next."""
+    def finish_epoch(self, loss: float, seconds: float) -> None:
+        """Adds the epoch's row to the log, and makes ready for the next epoch."""
         progress = self.progress
         progress.epoch += 1
-        row = (
-            progress.epoch,
-            progress.step,
-            round(self.mean_loss(), 6),
-            round(progress.seen / seconds, 1),
-            round(seconds, 2),
-        )
+        row = (progress.epoch, progress.step, round(loss, 6), round(progress.seen / seconds, 1), round(seconds, 2))
         progress.log.append(dict(zip(LOG_COLUMNS, row)))
         progress.seen, progress.seconds = 0, 0.0
         self._loss_sum.zero_()
 
     def checkpoint(self) -> Checkpoint:
-        """All that `restore` needs, and the stage's model options, from which the model can be built again."""
+        """All that `restore` needs, and the stage's model options, from which the model can be built again.
+
+        Raises:
+            UserError: the loss is not finite, so the weights are not worth keeping.
+        """
+        if self.progress.seen:
+            self.mean_loss()
         self.progress.loss_sum = self._loss_sum.item()
         return {
             "format": checkpoint.FORMAT,
@@ -236,7 +237,8 @@ def train(
                     checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
 
             if progress.seen == len(images):
-                trainer.finish_epoch(time.perf_counter() - started)
+                loss = trainer.mean_loss()  # waits for the GPU, so the time that follows is true
+                trainer.finish_epoch(loss, time.perf_counter() - started)
                 bar.write(_epoch_line(progress, options), file=sys.stderr)
                 if sample_every and (progress.epoch % sample_every == 0 or progress.epoch == options.epochs):
                     _save_sample_grid(trainer, run_dir)

@@ -252,9 +252,10 @@ def test_data_grid_shows_images_as_the_model_sees_them(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(images: Tensor, tmp_path: Path) -> None:
-    trainer = make_trainer(lr=1e30)
-    with pytest.raises(UserError, match=r"step .* --lr 1e"):
-        train(trainer, images, tmp_path, sample_every=0)
+    for checkpoint_every in (None, 2):
+        with pytest.raises(UserError, match=r"step .* --lr 1e"):
+            train(make_trainer(lr=1e30), images, tmp_path, sample_every=0, checkpoint_every=checkpoint_every)
+        assert not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
