@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 SIZE = 32  # pixels, both ways
 OVERSAMPLING = 4  # a shape is drawn this much larger and averaged down, which smooths its edges
-GROUND = 245
+GROUND = 255  # white: clipping x0 to [-1, 1] sets it right, which helps a young model
 COLOURS = np.array(
     [(220, 40, 40), (250, 140, 0), (40, 160, 60), (0, 160, 190), (40, 80, 220), (150, 50, 190)], dtype=np.int32
 )
@@ -42,7 +42,7 @@ KINDS: dict[str, list[np.ndarray]] = {
 
 
 def draw_shapes(count: int, seed: int = 0) -> np.ndarray:
-    """Pictures of one shape each: ten kinds, six colours, any place, size and turn, on a near-white ground.
+    """Pictures of one shape each: ten kinds, six colours, any place, size and turn, on a white ground.
 
     The same seed gives the same bytes on every machine: all that is random comes from
     `RandomState.random_sample`, whose stream numpy has frozen, and Pillow is given whole pixels.
