@@ -21,6 +21,13 @@ from common.cli import OptionGroup, Stage, main
 
 
 class Model(nn.Module):
+    """A U-Net that predicts the noise in images.
+
+    Args:
+        num_steps: how many time steps there are.
+        embed_dim: width of the time step's embedding.
+    """
+
     def __init__(self, num_steps: int = 1000, embed_dim: int = 64):
         super().__init__()
         self.embed = nn.Sequential(

@@ -21,6 +21,14 @@ from common.cli import OptionGroup, Stage, main, multiple_of_32
 
 
 class Model(nn.Module):
+    """A U-Net that predicts the noise in images.
+
+    Args:
+        num_steps: how many time steps there are.
+        ch: width of the first level, a multiple of 32.
+        activation_fn: makes the activation of the whole network.
+    """
+
     def __init__(self, num_steps: int = 1000, ch: int = 32, activation_fn: ActivationFn = nn.SiLU):
         super().__init__()
         embed_dim = 4 * ch

@@ -33,6 +33,17 @@ from common.cli import OptionGroup, Stage, main, multiple_of_32, positive_int
 
 
 class Model(nn.Module):
+    """A U-Net that predicts the noise in images.
+
+    Args:
+        image_channels: 3 for colour.
+        model_channels: a multiple of 32; widths are multiples of it.
+        activation_fn: makes the activation of the whole network.
+        num_res_blocks: ResnetBlocks per level.
+        channel_mult: width of each level, in model_channels; a level has half the resolution of the one before.
+        num_steps: how many time steps there are.
+    """
+
     def __init__(
         self,
         image_channels: int = 3,
