@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,8 @@ def load(path: Path, stage: str) -> Checkpoint:
     """
     if not path.exists():
         raise UserError(f"{path}: no checkpoint there; make one with: python {stage}.py train")
-    with reading(path):
+    with reading(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of foreign files torch says more than that it cannot load them
         contents = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(contents, dict) or "format" not in contents or "stage" not in contents:
         raise UserError(f"{path}: not a checkpoint of this project")

@@ -110,7 +110,11 @@ def _train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     done = f"{path}: {progress.epoch} of {training_options.epochs} epochs done, {progress.step} steps"
     if progress.seen:
         done += f", train loss {trainer.mean_loss():.4f} in the epoch under way"
-    print(f"{done}; draw pictures with: python {stage.name}.py test")
+    finished = progress.epoch >= training_options.epochs
+    command = f"python {stage.name}.py {'test' if finished else 'train --resume'}"
+    if "run_dir" in typed:
+        command += f" --run-dir {options.run_dir}"
+    print(f"{done}; {'draw pictures' if finished else 'go on'} with: {command}")
     return 128 + received if received else 0
 
 

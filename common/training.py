@@ -218,9 +218,15 @@ def train(
     total = options.epochs * len(images)
     if max_steps is not None:
         total = min(total, max_steps * options.batch_size)
-    done = progress.epoch * len(images) + progress.seen
-    with _stop_signals() as received, tqdm(total=total, initial=done, unit=" images", disable=None) as bar:
-        while progress.epoch < options.epochs and progress.step != max_steps and not received:
+    seen = progress.epoch * len(images) + progress.seen
+    with _stop_signals() as received, tqdm(total=total, initial=seen, unit=" images", disable=None) as bar:
+
+        def done() -> bool:
+            enough = max_steps is not None and progress.step >= max_steps
+            return enough or progress.epoch >= options.epochs or bool(received)
+
+        stop = done()
+        while not stop:
             bar.set_description(f"epoch {progress.epoch + 1}/{options.epochs}", refresh=False)
             shown = time.perf_counter()
             started = shown - progress.seconds
@@ -231,7 +237,7 @@ def train(
                 if not bar.disable and time.perf_counter() - shown > 1:
                     bar.set_postfix(loss=f"{trainer.mean_loss():.4f}", refresh=False)
                     shown = time.perf_counter()
-                if progress.step == max_steps or received:
+                if done():
                     break
                 if checkpoint_every and progress.step % checkpoint_every == 0 and progress.seen < len(images):
                     checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
@@ -242,8 +248,8 @@ def train(
                 bar.write(_epoch_line(progress, options), file=sys.stderr)
                 if sample_every and (progress.epoch % sample_every == 0 or progress.epoch == options.epochs):
                     _save_sample_grid(trainer, run_dir)
-            last = progress.epoch == options.epochs or progress.step == max_steps or received
-            if last or not checkpoint_every or progress.step % checkpoint_every == 0:
+            stop = done()
+            if stop or not checkpoint_every or progress.step % checkpoint_every == 0:
                 checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
             _write_log(run_dir, progress)
     return received[0] if received else None

@@ -102,6 +102,16 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_as_good(
     assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
 
 
+def test_a_run_that_has_made_its_steps_makes_no_more(images: Tensor, tmp_path: Path, uncut: dict[str, Any]) -> None:
+    trainer = make_trainer(hflip=True)
+    train(trainer, images, tmp_path, max_steps=4, sample_every=0)
+    for max_steps in (4, 3, 1):
+        train(trainer, images, tmp_path, max_steps=max_steps, sample_every=0)
+        assert trainer.progress.step == 4
+    train(trainer, images, tmp_path, max_steps=100, sample_every=0)
+    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
+
+
 def test_pictures_during_training_change_nothing_in_the_weights(
     images: Tensor, tmp_path: Path, uncut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
