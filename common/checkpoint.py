@@ -63,7 +63,9 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what unpacking a damaged or foreign checkpoint raises into a UserError that names the file."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's own message advises to load the file without weights_only
+        raise UserError(f"{path}: not a checkpoint of this project, or a damaged one") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a checkpoint of this project, or a damaged one: {reason[:200]}") from error
 
