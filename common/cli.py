@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.checkpoint import Checkpoint
-from common.data import DATASETS, load_images
+from common.data import DATASETS, TRAINING_IMAGES, load_images
+from common.device import compile_model, keep_freed_memory, pick_device, use_bf16
 from common.errors import UsageError, UserError
 from common.sampling import SAMPLERS, sample_images, save_grid
 from common.schedule import NoiseSchedule
@@ -54,14 +55,23 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     options, typed = _parse(stage, argv)
     command = {"train": _train, "test": _test}[options.command]
     try:
-        sys.exit(command(stage, options, typed))
+        keep_freed_memory()
+        distributed.start()
+        status = command(stage, options, typed)
+        distributed.stop()
+        sys.exit(status)
     except UserError as error:
         message, status = str(error), error.exit_status
     except OSError as error:  # a full disk, say, or a folder that may not be written to
         message, status = f"{error.filename or options.run_dir}: {error.strerror or error}", 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    print(f"{stage.name}.py: error: {message}", file=sys.stderr)
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            raise
+        message, status = "another process of this run has ended, or cannot be reached", 1
+    who = f"rank {distributed.RANK}: " if distributed.WORLD_SIZE > 1 else ""
+    print(f"{stage.name}.py: {who}error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -70,35 +80,36 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
 
 def _train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     path = options.run_dir / "checkpoint.pt"
-    if path.exists() and not options.resume and not options.overwrite:
-        raise UsageError(
-            f"--run-dir {options.run_dir}: there is a run already; go on with it by --resume, "
-            "throw it away by --overwrite, or name another folder"
-        )
-    saved = checkpoint.load(path, stage.name) if path.exists() and options.resume else None
+    saved = distributed.on_first(lambda: _find_run(stage, options, path))
     model_options = _model_options(stage, options, typed, path, saved)
     training_options = _training_options(options, typed, path, saved)
-    device = _pick_device(options.device)
-    bf16 = _use_bf16(options.precision, device)
+    _check_batch_size(training_options.batch_size)
+    device = pick_device(options.device)
+    bf16 = use_bf16(options.precision, device)
+    compile = device.type == "cuda" if options.compile is None else options.compile
     torch.manual_seed(training_options.seed)
     model = _build_model(stage, model_options).to(device)
-    trainer = Trainer(stage.name, model_options, model, training_options, bf16)
+    with distributed.first_of_machine_first():
+        images = load_images(training_options.dataset, options.data_dir, data_url=options.data_url).to(device)
+    trainer = Trainer(stage.name, model_options, model, training_options, bf16, compile)
     if saved:
         with checkpoint.reading(path):
             trainer.restore(saved)
-    if options.compile:
-        model.compile()
-    images = load_images(training_options.dataset, options.data_dir, data_url=options.data_url).to(device)
-    if options.overwrite:
+    is_first = distributed.RANK == 0
+    if is_first and options.overwrite:
         _remove_run(options.run_dir)
 
     progress = trainer.progress
-    print(
-        f"{stage.name}: {sum(p.numel() for p in model.parameters()):,} parameters; "
-        f"{len(images):,} images of {training_options.dataset}; {device} in {'bf16' if bf16 else 'fp32'}; "
-        f"{training_options.epochs} epochs, {progress.epoch} done; {options.run_dir}",
-        flush=True,
-    )
+    where = f"{device} in {'bf16' if bf16 else 'fp32'}"
+    if distributed.WORLD_SIZE > 1:
+        where = f"{distributed.WORLD_SIZE} processes, each on {device.type} in {'bf16' if bf16 else 'fp32'}"
+    if is_first:
+        print(
+            f"{stage.name}: {sum(p.numel() for p in model.parameters()):,} parameters; "
+            f"{len(images):,} images of {training_options.dataset}; {where}; "
+            f"{training_options.epochs} epochs, {progress.epoch} done; {options.run_dir}",
+            flush=True,
+        )
     received = train(
         trainer,
         images,
@@ -114,7 +125,8 @@ def _train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     command = f"python {stage.name}.py {'test' if finished else 'train --resume'}"
     if "run_dir" in typed:
         command += f" --run-dir {options.run_dir}"
-    print(f"{done}; {'draw pictures' if finished else 'go on'} with: {command}")
+    if is_first:
+        print(f"{done}; {'draw pictures' if finished else 'go on'} with: {command}")
     return 128 + received if received else 0
 
 
@@ -134,15 +146,16 @@ def _test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
             f"argument --steps: ddpm takes {schedule.steps} steps, got {steps}; --sampler ddim takes fewer"
         )
 
-    device = _pick_device(options.device)
-    saved = checkpoint.load(path, stage.name)
+    device = pick_device(options.device)
+    bf16 = use_bf16(options.precision, device)
+    saved = distributed.on_first(lambda: checkpoint.load(path, stage.name))
     model_options = _model_options(stage, options, typed, path, saved)
     model = _build_model(stage, model_options)
     with checkpoint.reading(path):
         model.load_state_dict(saved["ema"] if options.weights == "ema" else saved["model"])
     model.to(device)
     if options.compile:
-        model.compile()
+        model = compile_model(model, min(options.batch_size, options.num_images), bf16)
     images = sample_images(
         model,
         schedule.to(device),
@@ -151,16 +164,38 @@ def _test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
         steps=steps,
         seed=options.seed,
         batch_size=options.batch_size,
-        bf16=_use_bf16(options.precision, device),
+        bf16=bf16,
         progress=True,
+        spread=True,
     )
-    save_grid(images, output)
-    progress = saved["progress"]
-    print(
-        f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
-        f"after {progress['epoch']} epochs, {progress['step']} steps of training"
-    )
+    if distributed.RANK == 0:
+        save_grid(images, output)
+        progress = saved["progress"]
+        print(
+            f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
+            f"after {progress['epoch']} epochs, {progress['step']} steps of training"
+        )
     return 0
+
+
+def _find_run(stage: Stage, options: argparse.Namespace, path: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one and --resume is given."""
+    if path.exists() and not options.resume and not options.overwrite:
+        raise UsageError(
+            f"--run-dir {options.run_dir}: there is a run already; go on with it by --resume, "
+            "throw it away by --overwrite, or name another folder"
+        )
+    return checkpoint.load(path, stage.name) if path.exists() and options.resume else None
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size > TRAINING_IMAGES:
+        raise UsageError(f"argument --batch-size: there are {TRAINING_IMAGES} training images, got {batch_size}")
+    if batch_size % distributed.WORLD_SIZE:
+        raise UsageError(
+            f"argument --batch-size: {distributed.WORLD_SIZE} processes cannot share a batch of {batch_size} equally; "
+            f"give a multiple of {distributed.WORLD_SIZE}"
+        )
 
 
 def _model_options(
@@ -207,25 +242,6 @@ def _remove_run(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
     if (run_dir / "samples").exists():
         shutil.rmtree(run_dir / "samples")
-
-
-def _pick_device(name: str) -> torch.device:
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if not there[name]:
-        raise UsageError(f"argument --device: this machine, or this build of PyTorch, has no {name}; try --device auto")
-    return torch.device(name)
-
-
-def _use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run the model under bfloat16 autocast: "auto" does so where the hardware multiplies in bfloat16."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 # The command line
@@ -349,8 +365,7 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compile the model (needs a C++ compiler)",
+        help="compile the model, which needs a C++ compiler (default: when training on cuda)",
     )
 
 

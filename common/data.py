@@ -18,10 +18,11 @@ from common.shapes import draw_shapes
 
 IMAGE_SHAPE = (3, 32, 32)
 DATASETS = ("cifar10", "shapes")
+TRAINING_IMAGES = 50_000  # of either data set
 
 
 def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: str | None = None) -> Tensor:
-    """The 50,000 training images of a data set, or its 10,000 held-out ones.
+    """The training images of a data set, or its 10,000 held-out ones.
 
     Args:
         dataset: "cifar10", downloaded on first use and checked by its published MD5, or "shapes", drawn on first use.
@@ -37,7 +38,7 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
     if dataset == "cifar10":
         images = _load_cifar10(data_dir, train, data_url)
     else:
-        images = _load_shapes(data_dir)[slice(0, 50_000) if train else slice(50_000, 60_000)]
+        images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
     return torch.from_numpy(np.ascontiguousarray(images))
 
 

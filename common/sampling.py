@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from common import distributed
 from common.checkpoint import atomic_write
 from common.data import IMAGE_SHAPE, random_generator, to_uint8
+from common.device import OneLaunch
 from common.schedule import NoiseSchedule
 
 NoisePredictor = Callable[[Tensor, Tensor], Tensor]
@@ -74,6 +76,16 @@ def ddim_times(schedule_steps: int, steps: int) -> list[int]:
     return [round(schedule_steps * (1 - i / steps)) - 1 for i in range(steps)]
 
 
+def noise_predictor(model: nn.Module, bf16: bool = False) -> NoisePredictor:
+    """The model as samplers call it: under bfloat16 autocast if so asked, in one launch on a GPU, float32 out."""
+
+    def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(xt.device.type, torch.bfloat16, enabled=bf16):
+            return model(xt, t).float()
+
+    return OneLaunch(predict_noise)
+
+
 def sample_images(
     model: nn.Module,
     schedule: NoiseSchedule,
@@ -85,6 +97,7 @@ def sample_images(
     batch_size: int = 256,
     bf16: bool = False,
     progress: bool = False,
+    spread: bool = False,
 ) -> Tensor:
     """Draws images, `batch_size` at a time. Leaves the global random numbers and the model's mode alone.
 
@@ -94,22 +107,25 @@ def sample_images(
         seed: the images depend on it, on `batch_size` and on the device.
         bf16: run the model under bfloat16 autocast.
         progress: show a bar on stderr, where that is a terminal.
+        spread: share the batches out among all processes, which must all call this.
 
     Returns:
-        uint8 (num_images, 3, 32, 32) in main memory.
+        uint8 (num_images, 3, 32, 32) in main memory, the same whether spread or not.
     """
     device = schedule.beta.device
-
-    def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return model(xt, t).float()
-
+    predict_noise = noise_predictor(model, bf16)
     was_training = model.training
     model.eval()
-    chunks = []
-    total = num_images * (schedule.steps if sampler == "ddpm" else steps)
+    starts = range(0, num_images, batch_size)
+    if spread:
+        starts = starts[distributed.RANK :: distributed.WORLD_SIZE]
+        progress = progress and distributed.RANK == 0
+    chunks = {}
+    total = sum(min(batch_size, num_images - start) for start in starts) * (
+        schedule.steps if sampler == "ddpm" else steps
+    )
     with tqdm(total=total, unit=" image steps", desc=sampler, disable=None if progress else True) as bar:
-        for start in range(0, num_images, batch_size):
+        for start in starts:
             generator = random_generator(device, seed, "sample", start)
             shape = (min(batch_size, num_images - start), *IMAGE_SHAPE)
             xt = torch.randn(shape, generator=generator, device=device)
@@ -119,9 +135,12 @@ def sample_images(
                 states = ddim(predict_noise, schedule, xt, steps)
             for xt in states:
                 bar.update(len(xt))
-            chunks.append(to_uint8(xt).cpu())
+            chunks[start] = to_uint8(xt).cpu()
     model.train(was_training)
-    return torch.cat(chunks)
+    if spread:
+        for others in distributed.gather(chunks):
+            chunks |= others
+    return torch.cat([chunks[start] for start in sorted(chunks)])
 
 
 def save_grid(images: Tensor, path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,14 +14,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.checkpoint import Checkpoint, atomic_write
 from common.data import random_generator, random_hflip, shuffled_batches, to_float, to_uint8
+from common.device import OneLaunch, compile_model
 from common.errors import UserError
 from common.sampling import sample_images, save_grid
 from common.schedule import NoiseSchedule
@@ -58,17 +59,20 @@ class Progress:
 def diffusion_loss(
     model: nn.Module, schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor, bf16: bool = False
 ) -> Tensor:
-    """DDPM's simple loss (eq. 14): how far the predicted noise is from the noise, squared, averaged over all numbers.
+    """DDPM's simple loss (eq. 14): how far the predicted noise is from the noise, squared, averaged over an image.
 
     Args:
         x0, noise: float32 (B, C, H, W).
         t: int64 (B,).
         bf16: run the model under bfloat16 autocast; noising and loss stay in float32.
+
+    Returns:
+        float32 (B,), one for each image.
     """
     xt = schedule.add_noise(x0, t, noise)
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
         pred_noise = model(xt, t)
-    return F.mse_loss(pred_noise.float(), noise)
+    return (pred_noise.float() - noise).square().mean(dim=(1, 2, 3))
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
@@ -89,16 +93,26 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 class Trainer:
     """A model that learns to predict noise, and all that has to be saved for it to go on learning.
 
+    Of several processes, each has a Trainer. They draw the same numbers, take a share of each batch each, and add up
+    their gradients, so that their weights stay the same.
+
     Args:
         stage: name of the script, for the checkpoint.
         model_options: the stage's model options, for the checkpoint.
         model: maps x_t (B, 3, 32, 32) and t (B,) to the noise in x_t; trained on the device where it lies.
-        options: see TrainingOptions.
+        options: see TrainingOptions. The number of processes must divide the batch size.
         bf16: run the model under bfloat16 autocast.
+        compile: run a compiled version of it.
     """
 
     def __init__(
-        self, stage: str, model_options: dict[str, Any], model: nn.Module, options: TrainingOptions, bf16: bool = False
+        self,
+        stage: str,
+        model_options: dict[str, Any],
+        model: nn.Module,
+        options: TrainingOptions,
+        bf16: bool = False,
+        compile: bool = False,
     ):
         self.stage = stage
         self.model_options = model_options
@@ -107,10 +121,22 @@ class Trainer:
         self.bf16 = bf16
         self.device = next(model.parameters()).device
         self.schedule = NoiseSchedule().to(self.device)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=on_gpu, capturable=on_gpu)
         self.ema = average_weights(model, options.ema_decay)
         self.progress = Progress()
         self._loss_sum = torch.zeros((), device=self.device)  # read rarely: each reading makes a GPU wait
+
+        self.forward: nn.Module = model  # what is run; it shares its weights with `model`
+        if compile:
+            self.forward = compile_model(model, options.batch_size // distributed.WORLD_SIZE, bf16, training=True)
+        self.update: Callable[..., Tensor] = self._update
+        if distributed.WORLD_SIZE > 1:
+            self.forward = DistributedDataParallel(
+                self.forward, device_ids=[self.device] if on_gpu else None, broadcast_buffers=False
+            )
+        elif on_gpu:
+            self.update = OneLaunch(self._update)
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 images (B, 3, 32, 32) as the model sees them: float32 in [-1, 1], flipped by chance if so asked."""
@@ -118,21 +144,34 @@ class Trainer:
         return random_hflip(x0, generator) if self.options.hflip else x0
 
     def step(self, images: Tensor) -> None:
-        """One round of Algorithm 1 of DDPM on uint8 images (B, 3, 32, 32)."""
+        """One round of Algorithm 1 of DDPM on uint8 images (B, 3, 32, 32), of which there may be less than a batch."""
+        missing = self.options.batch_size - len(images)
+        weight = images.new_ones(len(images), dtype=torch.float32) / len(images)
+        if missing:  # a batch is always whole, for the compiler's sake: what fills it up weighs nothing
+            weight = torch.cat([weight, weight.new_zeros(missing)])
+            images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+
         generator = random_generator(self.device, self.options.seed, "step", self.progress.step)
         x0 = self.augment(images, generator)
         t = torch.randint(self.schedule.steps, (len(x0),), generator=generator, device=self.device)
         noise = torch.randn(x0.shape, generator=generator, device=self.device)
 
-        loss = diffusion_loss(self.model, self.schedule, x0, t, noise, self.bf16)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        mine = distributed.share(len(x0))
+        loss = self.update(x0[mine], t[mine], noise[mine], weight[mine])
         self.ema.update_parameters(self.model)
 
-        self._loss_sum += loss.detach() * len(x0)
+        count = len(images) - missing
+        self._loss_sum += distributed.sum_over_ranks(loss) * count
         self.progress.step += 1
-        self.progress.seen += len(x0)
+        self.progress.seen += count
+
+    def _update(self, x0: Tensor, t: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+        """One step of the optimiser. Returns this process's part of the batch's loss."""
+        loss = (diffusion_loss(self.forward, self.schedule, x0, t, noise, self.bf16) * weight).sum()
+        self.optimizer.zero_grad()
+        (loss * distributed.WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over the processes
+        self.optimizer.step()
+        return loss.detach()
 
     def mean_loss(self) -> float:
         """Mean loss of the images seen in the epoch under way.
@@ -199,6 +238,8 @@ def train(
 ) -> signal.Signals | None:
     """Trains until the epochs are done, `max_steps` are made or a signal asks to stop. Then the checkpoint is saved.
 
+    Of several processes, rank 0 alone writes and shows progress.
+
     Args:
         trainer: fresh, or restored from a checkpoint.
         images: uint8 (N, 3, 32, 32), on the trainer's device.
@@ -211,19 +252,30 @@ def train(
         The signal that stopped it, SIGINT or SIGTERM, or None.
     """
     options, progress = trainer.options, trainer.progress
-    if progress.step == 0:
-        _save_data_grid(trainer, images, run_dir)
-    _write_log(run_dir, progress)
+    is_first = distributed.RANK == 0
+
+    def save() -> None:
+        if is_first:
+            checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
+
+    if is_first:
+        if progress.step == 0:
+            _save_data_grid(trainer, images, run_dir)
+        _write_log(run_dir, progress)
 
     total = options.epochs * len(images)
     if max_steps is not None:
         total = min(total, max_steps * options.batch_size)
     seen = progress.epoch * len(images) + progress.seen
-    with _stop_signals() as received, tqdm(total=total, initial=seen, unit=" images", disable=None) as bar:
+    hide_bar = None if is_first else True  # None: where stderr is no terminal
+    with _stop_signals() as received, tqdm(total=total, initial=seen, unit=" images", disable=hide_bar) as bar:
 
         def done() -> bool:
+            number = distributed.maximum(received[0] if received else 0)  # of a signal to any rank: all stop together
+            if number and not received:
+                received.append(signal.Signals(number))
             enough = max_steps is not None and progress.step >= max_steps
-            return enough or progress.epoch >= options.epochs or bool(received)
+            return enough or progress.epoch >= options.epochs or bool(number)
 
         stop = done()
         while not stop:
@@ -240,18 +292,19 @@ def train(
                 if done():
                     break
                 if checkpoint_every and progress.step % checkpoint_every == 0 and progress.seen < len(images):
-                    checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
+                    save()
 
             if progress.seen == len(images):
                 loss = trainer.mean_loss()  # waits for the GPU, so the time that follows is true
                 trainer.finish_epoch(loss, time.perf_counter() - started)
-                bar.write(_epoch_line(progress, options), file=sys.stderr)
-                if sample_every and (progress.epoch % sample_every == 0 or progress.epoch == options.epochs):
-                    _save_sample_grid(trainer, run_dir)
+                if is_first:
+                    _write_log(run_dir, progress)
+                    bar.write(_epoch_line(progress, options), file=sys.stderr)
+                    if sample_every and (progress.epoch % sample_every == 0 or progress.epoch == options.epochs):
+                        _save_sample_grid(trainer, run_dir)
             stop = done()
             if stop or not checkpoint_every or progress.step % checkpoint_every == 0:
-                checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
-            _write_log(run_dir, progress)
+                save()
     return received[0] if received else None
 
 

@@ -185,7 +185,12 @@ def test_compiled_model_learns_what_the_plain_one_does(
 ) -> None:
     """The compiler itself is replaced by one that only notes that it was asked; names of the weights stay."""
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+
+    def note(model: nn.Module) -> nn.Module:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", note)
     common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--batch-size", 2, "--max-steps", 2)
     assert run_stage(A, "train", *common, "--run-dir", tmp_path / "plain") == 0
     assert not compiled

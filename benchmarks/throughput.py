@@ -1,0 +1,317 @@
+"""How fast the stages train and sample, against the plain loop that a tutorial would write.
+
+    python benchmarks/throughput.py
+    python benchmarks/throughput.py --stages A G --device cpu --data-dir data --json throughput.json
+
+Plain is the same model in fp32, eager, with a DataLoader over PIL images, Adam and `.item()` each step. Ours is what
+`part_*.py` does by default. Each is a process of its own, and they take turns of a few seconds, so that what disturbs
+the machine disturbs both. Sampling is timed over a part of the 1000 steps, which all do the same work, and scaled.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.cli import positive_int
+from common.data import IMAGE_SHAPE, load_images, shuffled_batches
+from common.device import keep_freed_memory, pick_device, use_bf16
+from common.errors import UserError
+from common.sampling import ddpm, noise_predictor
+from common.schedule import NoiseSchedule
+from common.training import Trainer, TrainingOptions
+
+STAGES = {
+    "A": "part_a_cifar",
+    "B": "part_b_cifar_more_channels",
+    "C": "part_c_cifar_silu",
+    "D": "part_d_cifar_arch",
+    "E": "part_e_cifar_deeper",
+    "F": "part_f_cifar_hflips",
+    "G": "part_g_cifar",
+}
+FLIPPED = ("F", "G")
+BATCH_SIZE = 128
+SAMPLED = 64  # images drawn at a time
+SCHEDULE_STEPS = 1000
+
+
+# What is timed: each of these generators does one step each time it is asked for the next
+
+
+def plain_training(stage: str, device: torch.device, data_dir: Path) -> Iterator[None]:
+    model = new_model(stage).to(device)
+    flip = [transforms.RandomHorizontalFlip()] if stage in FLIPPED else []
+    transform = transforms.Compose([*flip, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+    loader = DataLoader(CIFAR10(str(data_dir), transform=transform), batch_size=BATCH_SIZE, shuffle=True)
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, SCHEDULE_STEPS)).cumprod(0).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    total = 0.0
+    for _ in itertools.count():
+        for images, _ in loader:
+            x0 = images.to(device)
+            t = torch.randint(SCHEDULE_STEPS, (len(x0),), device=device)
+            noise = torch.randn_like(x0)
+            a = alpha_bar[t][:, None, None, None]
+            loss = F.mse_loss(model(a.sqrt() * x0 + (1 - a).sqrt() * noise, t), noise)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            yield
+
+
+def our_training(stage: str, device: torch.device, data_dir: Path, bf16: bool) -> Iterator[None]:
+    options = TrainingOptions(batch_size=BATCH_SIZE, hflip=stage in FLIPPED)
+    trainer = Trainer(stage, {}, new_model(stage).to(device), options, bf16, compile=device.type == "cuda")
+    images = load_images("cifar10", data_dir).to(device)
+    for epoch in itertools.count():
+        for batch in shuffled_batches(images, BATCH_SIZE, options.seed, epoch):
+            trainer.step(batch)
+            yield
+
+
+def plain_sampling(stage: str, device: torch.device) -> Iterator[None]:
+    model = new_model(stage).to(device).eval()
+    for _ in itertools.count():
+        for _ in ddpm(model, NoiseSchedule().to(device), *new_noise(device)):
+            yield
+
+
+def our_sampling(stage: str, device: torch.device, bf16: bool) -> Iterator[None]:
+    model = new_model(stage).to(device).eval()
+    predict_noise = noise_predictor(model, bf16)
+    for _ in itertools.count():
+        for _ in ddpm(predict_noise, NoiseSchedule().to(device), *new_noise(device)):
+            yield
+
+
+def new_model(stage: str) -> nn.Module:
+    return importlib.import_module(STAGES[stage]).Model()
+
+
+def new_noise(device: torch.device) -> tuple[torch.Tensor, torch.Generator]:
+    return torch.randn(SAMPLED, *IMAGE_SHAPE, device=device), torch.Generator(device)
+
+
+# The two processes
+
+
+def work(connection: Connection, ours: bool, options: argparse.Namespace) -> None:
+    """Does what it is asked for through the connection, and answers, until it is asked for nothing."""
+    device = pick_device(options.device)
+    bf16 = ours and use_bf16(options.precision, device)
+    if ours:
+        keep_freed_memory()
+    steps: Iterator[None] = iter(())
+    while request := connection.recv():
+        what, argument = request
+        synchronize(device)
+        started = time.perf_counter()
+        if what == "train":
+            steps = (
+                our_training(argument, device, options.data_dir, bf16)
+                if ours
+                else plain_training(argument, device, options.data_dir)
+            )
+            next(steps)
+        elif what == "sample":
+            steps = our_sampling(argument, device, bf16) if ours else plain_sampling(argument, device)
+            next(steps)
+        elif what == "steps":
+            for _ in range(argument):
+                next(steps)
+        elif what == "memory":
+            connection.send(peak_memory(device))
+            continue
+        elif what == "matmul":
+            connection.send(matmul_flops(device, torch.bfloat16 if bf16 else torch.float32))
+            continue
+        synchronize(device)
+        connection.send(time.perf_counter() - started)
+
+
+class Worker:
+    """A process that runs `work`."""
+
+    def __init__(self, ours: bool, options: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, ours, options), daemon=True)
+        self.process.start()
+        other.close()
+
+    def ask(self, what: str, argument: Any = None) -> Any:
+        self.connection.send((what, argument))
+        return self.connection.recv()
+
+    def stop(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that tensors took on the GPU, or the whole process on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(13):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(a, b)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / statistics.median(seconds[3:])
+
+
+# The measurement
+
+
+def measure(stage: str, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
+    """One stage's numbers. Rates are medians over the turns, ratios medians over the ratios of neighbouring turns."""
+    plain, ours = workers = [Worker(False, options), Worker(True, options)]
+    row: dict[str, Any] = {"stage": stage}
+    peaks: dict[str, list[float]] = {"plain": [], "ours": []}
+    for what, images_per_step in (("train", BATCH_SIZE), ("sample", SAMPLED / SCHEDULE_STEPS)):
+        bar.set_description(f"{stage} {what}")
+        first_step = [worker.ask(what, stage) for worker in workers]
+        for worker in workers:
+            worker.ask("steps", 5)  # a GPU's first steps are not like the others
+        lengths = [max(1, round(options.seconds / worker.ask("steps", 1))) for worker in workers]
+        rates: list[list[float]] = []
+        for _ in range(options.repeats):
+            turn = [n * images_per_step / worker.ask("steps", n) for n, worker in zip(lengths, workers)]
+            rates.append(turn)
+            peaks["plain"].append(plain.ask("matmul"))
+            peaks["ours"].append(ours.ask("matmul"))
+            bar.update()
+        row[what] = {
+            "plain": statistics.median(r[0] for r in rates),
+            "ours": statistics.median(r[1] for r in rates),
+            "ratio": statistics.median(r[1] / r[0] for r in rates),
+            "flops_per_image": flops_per_image(stage, what),
+            "first_step_seconds": dict(zip(peaks, first_step)),
+        }
+        if what == "train":
+            row["peak_memory"] = dict(zip(peaks, [worker.ask("memory") for worker in workers]))
+    for name in peaks:
+        peak = statistics.median(peaks[name])
+        row[f"matmul_flops_{name}"] = peak
+        for what in ("train", "sample"):
+            row[what][f"{name}_share_of_peak"] = row[what][name] * row[what]["flops_per_image"] / peak
+    for worker in workers:
+        worker.stop()
+    return row
+
+
+def flops_per_image(stage: str, what: str) -> float:
+    """Of one training step, or of the 1000 steps that draw an image."""
+    model = new_model(stage)
+    batch = 2
+    x, t = torch.randn(batch, *IMAGE_SHAPE), torch.zeros(batch, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        if what == "train":
+            model(x, t).sum().backward()
+            return counter.get_total_flops() / batch
+        with torch.no_grad():
+            model(x, t)
+        return counter.get_total_flops() / batch * SCHEDULE_STEPS
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(f"{report['machine']}; torch {report['torch']}; plain fp32, ours {report['precision']}; batch {BATCH_SIZE}")
+    print("images/s, medians of", report["repeats"], "turns; share of the machine's own matmul in brackets\n")
+    print("| stage | train: plain | ours | ratio | sample: plain | ours | ratio | GiB: plain | ours | first step, s |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in report["stages"]:
+        cells = [row["stage"]]
+        for what, digits in (("train", 0), ("sample", 2)):
+            for name in ("plain", "ours"):
+                cells.append(f"{row[what][name]:.{digits}f} ({row[what][f'{name}_share_of_peak']:.0%})")
+            cells.append(f"{row[what]['ratio']:.2f}")
+        cells += [f"{row['peak_memory'][name]:.1f}" for name in ("plain", "ours")]
+        cells.append(f"{row['train']['first_step_seconds']['ours']:.1f}")
+        print("|", " | ".join(cells), "|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all seven")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours; plain is fp32")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="turns that each of the two takes")
+    parser.add_argument("--seconds", type=positive_int, default=5, help="about how long a turn is")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
+    options = parser.parse_args()
+    try:
+        device = pick_device(options.device)
+        load_images("cifar10", options.data_dir)
+    except UserError as error:
+        sys.exit(f"throughput.py: error: {error}")
+
+    with tqdm(total=2 * options.repeats * len(options.stages), unit=" turns", disable=None) as bar:
+        rows = [measure(stage, options, bar) for stage in options.stages]
+    report = {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "precision": "bf16" if use_bf16(options.precision, device) else "fp32",
+        "batch_size": BATCH_SIZE,
+        "sampled": SAMPLED,
+        "repeats": options.repeats,
+        "stages": rows,
+    }
+    print_table(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What the machine can do: which device and precision, memory, compilation, one launch instead of hundreds."""
+
+import ctypes
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import distributed
+from common.data import IMAGE_SHAPE
+from common.errors import UsageError
+
+WARM_UP_CALLS = 3  # before a capture: libraries choose their algorithms and allocate what they need
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device names; of several GPUs, the one of this process.
+
+    Raises:
+        UsageError: the machine does not have it.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
+    if not there[name]:
+        raise UsageError(f"argument --device: this machine, or this build of PyTorch, has no {name}; try --device auto")
+    if name == "mps" and distributed.WORLD_SIZE > 1:
+        raise UsageError("argument --device: mps takes part in no group of processes; give cpu, or start one process")
+    if name != "cuda":
+        return torch.device(name)
+    if torch.cuda.device_count() <= distributed.LOCAL_RANK:
+        raise UsageError(f"--nproc-per-node: a process needs a GPU of its own; here are {torch.cuda.device_count()}")
+    torch.cuda.set_device(distributed.LOCAL_RANK)
+    torch.backends.cudnn.benchmark = True  # shapes do not change, so trying all algorithms once pays
+    return torch.device("cuda", distributed.LOCAL_RANK)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to run the model under bfloat16 autocast: "auto" does so where the hardware multiplies in bfloat16."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Makes the C library keep large blocks that are freed, where it is glibc.
+
+    By default it gives each large tensor back to the system and has the next one filled with zeros page by page, which
+    on a CPU takes up to a third of a training step.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt:
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, training: bool = False) -> nn.Module:
+    """Compiles a model that predicts noise, and runs it once, with a backward pass if it is for training.
+
+    Returns:
+        The compiled model, which shares its weights with `model`; or `model` itself, after a warning, where
+        compilation fails, for want of a C++ compiler, say.
+    """
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
+    t = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    compiled = torch.compile(model.train(training))
+    try:
+        with warnings.catch_warnings(), torch.set_grad_enabled(training):
+            warnings.simplefilter("ignore")
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                output = compiled(x, t)
+            if training:
+                output.float().mean().backward()
+    except Exception as error:  # whatever it is, the model works without
+        _warn(f"going on without compilation, which failed: {type(error).__name__}: {error}")
+        return model
+    finally:
+        model.zero_grad()
+    print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return compiled  # type: ignore[return-value]
+
+
+class OneLaunch:
+    """Runs a function of tensors on a GPU as one CUDA graph, which saves the time of launching its kernels one by one.
+
+    The first calls run as usual. The next one records what the function launches, and from then on that is replayed,
+    so all that the function does must be on the GPU, in tensors that stay where they are. Calls with other shapes,
+    and all calls on other devices, run as usual.
+
+    Args:
+        function: takes and returns tensors. What it returns is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] = []
+        self.output: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if not inputs[0].is_cuda:
+            return self.function(*inputs)
+        shapes = [x.shape for x in inputs]
+        if self.calls == 0:
+            self.inputs = [torch.empty_like(x) for x in inputs]
+            self.stream = torch.cuda.Stream()
+        if shapes != [x.shape for x in self.inputs]:
+            return self.function(*inputs)
+        self.calls += 1
+        for own, x in zip(self.inputs, inputs):
+            own.copy_(x)
+        if self.calls <= WARM_UP_CALLS:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                output = self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
+        if self.calls == WARM_UP_CALLS + 1:
+            self._record()
+        if self.graph is None:
+            return self.function(*self.inputs)
+        self.graph.replay()
+        return self.output
+
+    def _record(self) -> None:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.output = self.function(*self.inputs)
+        except RuntimeError as error:
+            _warn(f"going on without a CUDA graph, which failed: {error}")
+        else:
+            self.graph = graph
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {' '.join(message.split())[:300]}", file=sys.stderr)

@@ -1,0 +1,98 @@
+"""Several processes that train or sample together, as `torchrun` starts them; with one process, nothing happens here.
+
+Each process is a rank. What the ranks tell each other beside gradients goes through main memory (gloo), also where
+gradients go from GPU to GPU (NCCL).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.errors import UserError
+
+T = TypeVar("T")
+
+RANK = int(os.environ.get("RANK", 0))  # of all processes
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of those on this machine
+
+
+def start() -> None:
+    """Joins the other processes."""
+    if WORLD_SIZE > 1:
+        patience = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+
+
+def stop() -> None:
+    """Leaves the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether the error says that another process could not be reached."""
+    return WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def share(count: int) -> slice:
+    """Which of `count` things, a multiple of WORLD_SIZE, are this rank's."""
+    each = count // WORLD_SIZE
+    return slice(RANK * each, (RANK + 1) * each)
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """Calls the function on rank 0 alone. What it returns is returned on every rank, what it raises is raised there."""
+    if WORLD_SIZE == 1:
+        return function()
+    box: list[T | Exception | None] = [None]
+    if RANK == 0:
+        try:
+            box = [function()]
+        except (UserError, OSError) as error:
+            box = [error]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """All ranks' values in the order of ranks, on every rank."""
+    if WORLD_SIZE == 1:
+        return [value]
+    values: list[T] = [value] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of all ranks' values, on every rank; `value` itself becomes it."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def maximum(value: int) -> int:
+    """The largest of all ranks' values, on every rank."""
+    if WORLD_SIZE == 1:
+        return value
+    result = torch.tensor(value)
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return int(result)
+
+
+@contextmanager
+def first_of_machine_first() -> Iterator[None]:
+    """What is within, the first process of each machine does alone; then the others do it, finding it done."""
+    if LOCAL_RANK > 0:
+        maximum(0)  # waits for all
+    yield
+    if LOCAL_RANK == 0:
+        maximum(0)
