@@ -122,7 +122,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.schedule = NoiseSchedule().to(self.device)
         on_gpu = self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=on_gpu, capturable=on_gpu)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True, capturable=on_gpu)
         self.ema = average_weights(model, options.ema_decay)
         self.progress = Progress()
         self._loss_sum = torch.zeros((), device=self.device)  # read rarely: each reading makes a GPU wait

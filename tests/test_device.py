@@ -1,0 +1,97 @@
+"""Compilation and CUDA graphs: the same numbers as without, and a warning instead of an error where they fail."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch._inductor.config as inductor
+from torch import Tensor, nn
+
+from common.device import OneLaunch, compile_model, pick_device, use_bf16
+from common.errors import UsageError
+from common.training import Trainer, TrainingOptions
+from part_a_cifar import Model
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x)) * t[:, None, None, None]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")
+def test_compiled_model_computes_the_same_with_the_same_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    model = Small()
+    compiled = compile_model(model, batch_size=4, training=True)
+    assert compiled is not model
+    assert "compiled in" in capsys.readouterr().err
+    assert model.conv.weight.grad is None
+    x, t = torch.randn(4, 3, 32, 32), torch.arange(4)
+    torch.testing.assert_close(compiled(x, t), model(x, t))
+    nn.init.zeros_(model.conv.weight)
+    torch.testing.assert_close(compiled(x, t), model(x, t))
+    assert list(model.state_dict()) == ["conv.weight", "conv.bias"]
+
+
+def test_without_a_compiler_the_model_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    model = Small()
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        assert compile_model(model, batch_size=4) is model
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1
+    assert "going on without compilation" in warnings[0]
+
+
+def test_one_launch_is_the_function_itself_without_a_gpu() -> None:
+    square = OneLaunch(torch.square)
+    for value in range(6):
+        assert square(torch.tensor(float(value))) == value**2
+
+
+@needs_gpu
+def test_one_launch_replays_what_it_recorded() -> None:
+    double = OneLaunch(lambda x: 2 * x)
+    for value in range(8):
+        x = torch.full((5,), float(value), device="cuda")
+        assert torch.equal(double(x), 2 * x)
+    assert double.graph is not None
+    x = torch.ones(7, device="cuda")
+    assert torch.equal(double(x), 2 * x)
+
+
+@needs_gpu
+def test_recorded_steps_train_as_plain_ones_do() -> None:
+    torch.manual_seed(0)
+    model = Model().cuda()
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    losses = []
+    for recorded in (False, True):
+        trainer = Trainer("part_a_cifar", {}, copy.deepcopy(model), TrainingOptions(batch_size=8))
+        if not recorded:
+            trainer.update = trainer._update
+        for _ in range(20):
+            trainer.step(images)
+        losses.append(trainer.mean_loss())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_device_that_is_not_there_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="--device"):
+        pick_device("cuda" if not torch.cuda.is_available() else "mps")
+
+
+def test_precision_is_what_is_asked_for_or_what_the_processor_has() -> None:
+    cpu = torch.device("cpu")
+    assert use_bf16("bf16", cpu)
+    assert not use_bf16("fp32", cpu)
+    assert use_bf16("auto", cpu) == any(
+        torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16")
+    )

@@ -1,0 +1,182 @@
+"""Several processes: the same weights on all, those of a single process, and no hang when one of them ends."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from common import checkpoint
+from common.checkpoint import Checkpoint
+from tests.conftest import ROOT
+from tests.train_ranks import train_rank
+
+A = "part_a_cifar"
+PATIENCE = 120  # seconds
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+@contextmanager
+def started(count: int, *command: object) -> Iterator[list[subprocess.Popen[str]]]:
+    """The processes that torchrun would start, without torchrun, which would end all when one has ended."""
+    port = free_port()
+    ranks = []
+    for rank in range(count):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = {**os.environ, "MASTER_ADDR": "localhost", **{name: str(value) for name, value in group.items()}}
+        words = [sys.executable, *(str(word) for word in command)]
+        ranks.append(
+            subprocess.Popen(
+                words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        yield ranks
+    finally:
+        for rank_ in ranks:
+            rank_.kill()
+            rank_.communicate()
+
+
+def run(count: int, *command: object) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of each rank."""
+    with started(count, *command) as ranks:
+        outputs = [rank.communicate(timeout=PATIENCE) for rank in ranks]
+        return [(rank.returncode, *output) for rank, output in zip(ranks, outputs)]
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(tmp_path: Path, count: int) -> None:
+    train_rank(tmp_path)
+    expected, log = torch.load(tmp_path / "rank0.pt")
+    shutil.rmtree(tmp_path / "run")
+    for status, _, error in run(count, "-m", "tests.train_ranks", tmp_path):
+        assert status == 0, error
+    (weights, log_0), *others = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(count))
+    for other, _ in others:
+        assert largest_difference(other, weights) == 0
+    assert largest_difference(weights, expected) < 2e-5  # after twelve steps of up to 1e-3
+    for row, expected_row in zip(log_0, log):
+        assert (row["epoch"], row["step"]) == (expected_row["epoch"], expected_row["step"])
+        assert row["train_loss"] == pytest.approx(expected_row["train_loss"], rel=1e-4)
+    assert [path.name for path in sorted((tmp_path / "run").rglob("*.*"))] == ["checkpoint.pt", "log.csv", "data.png"]
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_three_or_one(tmp_path: Path, shapes_dir: Path) -> None:
+    def train(count: int, folder: Path, max_steps: int) -> tuple[Checkpoint, str]:
+        common = ("--data-dir", shapes_dir, "--run-dir", folder, "--precision", "fp32", "--sample-every", 0)
+        options = ("--dataset", "shapes", "--batch-size", 12, "--resume", "--max-steps", max_steps)
+        ranks = run(count, f"{A}.py", "train", *common, *options)
+        for rank, (status, output, error) in enumerate(ranks):
+            assert status == 0, error
+            assert bool(output) == (rank == 0)
+        return checkpoint.load(folder / "checkpoint.pt", A), ranks[0][1]
+
+    begun, _ = train(2, tmp_path / "two", 3)
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    (three, _), (one, _), (uncut, _) = (
+        train(n, tmp_path / name, 6) for n, name in [(3, "three"), (1, "one"), (1, "uncut")]
+    )
+    assert begun["progress"]["seen"] == 36
+    for resumed in (three, one):
+        assert resumed["progress"]["step"] == 6
+        assert resumed["progress"]["loss_sum"] == pytest.approx(uncut["progress"]["loss_sum"], rel=1e-4)
+        moved, apart = (
+            sum((resumed["model"][name] - other["model"][name]).square().sum() for name in resumed["model"]) ** 0.5
+            for other in (begun, uncut)
+        )
+        assert apart < 0.1 * moved  # Adam makes much of rounding errors of gradients near zero
+
+
+def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    command += [f"{A}.py", "train", "--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path)]
+    done = subprocess.run([*command, "--batch-size", "4", "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert done.stdout.count("\n") == 2
+    assert checkpoint.load(tmp_path / "checkpoint.pt", A)["progress"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [(["--batch-size", 9], "--batch-size"), (["--batch-size", 8, "--device", "mps"], "--device")]
+)
+def test_what_several_processes_cannot_do_is_refused_by_all(tmp_path: Path, options: list[object], name: str) -> None:
+    for rank, (status, output, error) in enumerate(run(2, f"{A}.py", "train", "--run-dir", tmp_path, *options)):
+        assert status == 2
+        assert output == ""
+        assert f"rank {rank}: error: argument {name}" in error.splitlines()[-1]
+
+
+def test_an_error_of_rank_0_ends_all(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    for rank, (status, _, error) in enumerate(run(2, f"{A}.py", "test", "--run-dir", tmp_path)):
+        assert status == 1
+        assert f"rank {rank}: error: {tmp_path / 'checkpoint.pt'}" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_rank_dies_the_other_ends_with_an_error(tmp_path: Path, shapes_dir: Path, victim: int) -> None:
+    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 4)
+    with started(2, f"{A}.py", "train", *common) as ranks:
+        assert ranks[0].stdout is not None
+        assert "2 processes" in ranks[0].stdout.readline()
+        time.sleep(2)
+        ranks[victim].kill()
+        _, error = ranks[1 - victim].communicate(timeout=PATIENCE)
+        assert ranks[1 - victim].returncode == 1
+        assert f"rank {1 - victim}: error: another process" in error.splitlines()[-1]
+        assert "Traceback" not in error
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path, shapes_dir: Path) -> None:
+    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 4)
+    with started(2, f"{A}.py", "train", *common) as ranks:
+        assert ranks[0].stdout is not None
+        ranks[0].stdout.readline()
+        time.sleep(2)
+        ranks[1].send_signal(signal.SIGTERM)
+        for rank in ranks:
+            assert rank.wait(timeout=PATIENCE) == 143
+    assert checkpoint.load(tmp_path / "checkpoint.pt", A)["progress"]["step"] > 0
+
+
+def test_pictures_are_the_same_however_many_processes_draw_them(tmp_path: Path, shapes_dir: Path) -> None:
+    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 4)
+    assert run(1, f"{A}.py", "train", *common, "--max-steps", 2)[0][0] == 0
+    pictures = []
+    for count in (1, 3):
+        output = tmp_path / f"{count}.png"
+        options = ("--num-images", 9, "--batch-size", 2, "--sampler", "ddim", "--steps", 3, "--output", output)
+        for rank, (status, text, error) in enumerate(run(count, f"{A}.py", "test", "--run-dir", tmp_path, *options)):
+            assert status == 0, error
+            assert bool(text) == (rank == 0)
+        pictures.append(output.read_bytes())
+    assert pictures[0] == pictures[1]

@@ -1,0 +1,27 @@
+"""What each process runs in test_distributed.py: trains stage A on a few images and leaves its own weights behind."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from common import distributed
+from common.training import Trainer, TrainingOptions, train
+from part_a_cifar import Model
+
+
+def train_rank(folder: Path) -> None:
+    """Three epochs of 44 images in batches of 12, so that the last one has 8."""
+    images = torch.randint(256, (44, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    options = TrainingOptions(epochs=3, batch_size=12, hflip=True)
+    trainer = Trainer("part_a_cifar", {}, Model(), options)
+    trainer.optimizer.param_groups[0]["eps"] = 1e-2  # or Adam makes much of rounding errors of gradients near zero
+    train(trainer, images, folder / "run", sample_every=0)
+    torch.save((trainer.model.state_dict(), trainer.progress.log), folder / f"rank{distributed.RANK}.pt")
+
+
+if __name__ == "__main__":
+    distributed.start()
+    train_rank(Path(sys.argv[1]))
+    distributed.stop()
