@@ -72,7 +72,7 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         message, status = "another process of this run has ended, or cannot be reached", 1
     who = f"rank {distributed.RANK}: " if distributed.WORLD_SIZE > 1 else ""
     print(f"{stage.name}.py: {who}error: {message}", file=sys.stderr)
-    sys.exit(status)
+    distributed.exit_after_error(status)
 
 
 # The commands

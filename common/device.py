@@ -148,4 +148,4 @@ class OneLaunch:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {' '.join(message.split())[:300]}", file=sys.stderr)
+    print(f"warning: {' '.join(message.split())[:200]}", file=sys.stderr)

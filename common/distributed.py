@@ -4,11 +4,13 @@ Each process is a rank. What the ranks tell each other beside gradients goes thr
 gradients go from GPU to GPU (NCCL).
 """
 
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,9 +33,19 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leaves the other processes."""
+    """Leaves the other processes, when the work is done."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # ends gloo's threads, which can abort the process if they outlive Python
+
+
+def exit_after_error(status: int) -> NoReturn:
+    """Ends the process; of several, at once: tidying up could wait for one that is gone."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

@@ -132,9 +132,7 @@ class Trainer:
             self.forward = compile_model(model, options.batch_size // distributed.WORLD_SIZE, bf16, training=True)
         self.update: Callable[..., Tensor] = self._update
         if distributed.WORLD_SIZE > 1:
-            self.forward = DistributedDataParallel(
-                self.forward, device_ids=[self.device] if on_gpu else None, broadcast_buffers=False
-            )
+            self.forward = DistributedDataParallel(self.forward, device_ids=[self.device] if on_gpu else None)
         elif on_gpu:
             self.update = OneLaunch(self._update)
 
