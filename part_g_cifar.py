@@ -28,7 +28,7 @@ from common.blocks import (
     Upsample,
     zero_init,
 )
-from common.cli import OptionGroup, Stage, main, multiple_of_32, positive_int
+from common.cli import OptionGroup, Stage, main, multiple_of_32, whole_number
 
 
 class AttentionBlock(nn.Module):
@@ -146,17 +146,17 @@ class Model(nn.Module):
 def add_options(model: OptionGroup, training: OptionGroup) -> None:
     model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
     model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
-    model.add_argument("--num-res-blocks", type=positive_int, default=2, help="ResnetBlocks per level")
+    model.add_argument("--num-res-blocks", type=whole_number(1, 16), default=2, help="ResnetBlocks per level")
     model.add_argument(
         "--channel-mult",
-        type=positive_int,
+        type=whole_number(1, 16),
         nargs="+",
         default=[2, 2, 2, 1],
         help="width of each level / model channels",
     )
     model.add_argument(
         "--attention-resolutions",
-        type=positive_int,
+        type=whole_number(1, 32),
         nargs="*",
         default=[16],
         help="pixels a side of levels that attend",

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli import positive_int
+from common.cli import whole_number
 from common.data import IMAGE_SHAPE, load_images, shuffled_batches
 from common.device import keep_freed_memory, pick_device, use_bf16
 from common.errors import UserError
@@ -287,8 +287,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours; plain is fp32")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="turns that each of the two takes")
-    parser.add_argument("--seconds", type=positive_int, default=5, help="about how long a turn is")
+    parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns that each of the two takes")
+    parser.add_argument("--seconds", type=whole_number(1), default=5, help="about how long a turn is")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
     options = parser.parse_args()
     try:

@@ -1,1 +1,3 @@
-"""What the seven stages share: blocks, noise schedule, data, training, sampling, checkpoints, commands."""
+"""What the seven scripts of the chapter share."""
+
+__version__ = "0.1.0"

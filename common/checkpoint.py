@@ -1,12 +1,16 @@
 """One file that holds everything a run needs to go on, written atomically."""
 
+import io
+import math
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Any, TypedDict, TypeVar, get_origin
 
 import torch
 from torch import Tensor
@@ -14,6 +18,8 @@ from torch import Tensor
 from common.errors import UserError
 
 FORMAT = 1
+
+T = TypeVar("T")
 
 
 class Checkpoint(TypedDict):
@@ -30,9 +36,15 @@ class Checkpoint(TypedDict):
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the checkpoint; until it is whole and on the disk, the one before stays."""
+    """Writes the checkpoint; until it is whole and on the disk, the one before stays.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    contents = io.BytesIO()
+    torch.save(checkpoint, contents)  # not straight to the disk: of a full one torch.save does not say that it is full
     with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+        file.write(contents.getbuffer())
 
 
 def load(path: Path, stage: str) -> Checkpoint:
@@ -44,6 +56,9 @@ def load(path: Path, stage: str) -> Checkpoint:
     if not path.exists():
         raise UserError(f"{path}: no checkpoint there; make one with: python {stage}.py train")
     with reading(path), warnings.catch_warnings():
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("its checksums are wrong")
         warnings.simplefilter("ignore")  # of foreign files torch says more than that it cannot load them
         contents = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(contents, dict) or "format" not in contents or "stage" not in contents:
@@ -65,18 +80,37 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:  # torch's own message advises to load the file without weights_only
         raise UserError(f"{path}: not a checkpoint of this project, or a damaged one") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a checkpoint of this project, or a damaged one: {reason[:200]}") from error
+
+
+def from_saved(kind: type[T], values: dict[str, Any]) -> T:
+    """A dataclass made from what a checkpoint says.
+
+    Raises:
+        TypeError, ValueError: a value is missing, unknown or of another type than its field, or a number is negative
+            or not finite.
+    """
+    made = kind(**values)
+    for field in fields(made):  # type: ignore[arg-type]
+        value = getattr(made, field.name)
+        if not isinstance(value, get_origin(field.type) or field.type):  # type: ignore[arg-type]
+            raise TypeError(f"{field.name} is {value!r}")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise ValueError(f"{field.name} is {value}")
+    return made
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside `path` and moves it there once it is written and on the disk.
 
-    Whatever happens in between, `path` is the old file, whole, or the new one, whole.
+    Whatever happens in between, `path` is the old file, whole, or the new one, whole. Its folder must exist.
+
+    Raises:
+        UserError: the disk is full, say, or the folder may not be written to or has vanished.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -84,6 +118,20 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: not written ({error.strerror or error}); what was there before stays") from error
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes sure that a crash of the machine does not undo a move within the folder, where the system offers it."""
+    with suppress(OSError):  # Windows does not open folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

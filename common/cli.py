@@ -1,29 +1,36 @@
 """The commands and options that all stages share."""
 
 import argparse
+import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from common import checkpoint, distributed
-from common.checkpoint import Checkpoint
-from common.data import DATASETS, TRAINING_IMAGES, load_images
-from common.device import compile_model, keep_freed_memory, pick_device, use_bf16
+from common import __version__, checkpoint, distributed, evaluation
+from common.checkpoint import Checkpoint, atomic_write
+from common.data import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES, load_images
+from common.device import compile_model, is_out_of_memory, keep_freed_memory, pick_device, use_bf16
 from common.errors import UsageError, UserError
-from common.sampling import SAMPLERS, sample_images, save_grid
+from common.loss import HELD_OUT_BLOCK
+from common.run_folder import locked
+from common.sampling import SAMPLERS, noise_predictor, sample_images, save_grid
 from common.schedule import NoiseSchedule
-from common.training import Trainer, TrainingOptions, train
+from common.training import Progress, Trainer, TrainingOptions, train
 
 OptionGroup = argparse._ArgumentGroup
 
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
+MOST_SAMPLES = 100_000
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class Stage:
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
     options, typed = _parse(stage, argv)
-    command = {"train": _train, "test": _test}[options.command]
+    command = {"train": _train, "test": _test, "eval": _eval}[options.command]
     try:
         keep_freed_memory()
+        with torch.device("meta"):  # whose tensors take no memory: wrong model options are told before any work
+            _build_model(stage, {name: getattr(options, name) for name in _model_defaults(stage)})
         distributed.start()
         status = command(stage, options, typed)
         distributed.stop()
@@ -66,10 +75,14 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         message, status = f"{error.filename or options.run_dir}: {error.strerror or error}", 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except RuntimeError as error:
-        if not distributed.is_lost_connection(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            message = "out of memory; try a smaller --batch-size, or a smaller model"
+        elif distributed.is_lost_connection(error):
+            message = "another process of this run has ended, or cannot be reached"
+        else:
             raise
-        message, status = "another process of this run has ended, or cannot be reached", 1
+        status = 1
     who = f"rank {distributed.RANK}: " if distributed.WORLD_SIZE > 1 else ""
     print(f"{stage.name}.py: {who}error: {message}", file=sys.stderr)
     distributed.exit_after_error(status)
@@ -79,18 +92,27 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+    device = pick_device(options.device)
+    with ExitStack() as held:
+        distributed.on_first(lambda: held.enter_context(locked(options.run_dir)))
+        return _train_in_locked_folder(stage, options, typed, device)
+
+
+def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: set[str], device: torch.device) -> int:
     path = options.run_dir / "checkpoint.pt"
     saved = distributed.on_first(lambda: _find_run(stage, options, path))
     model_options = _model_options(stage, options, typed, path, saved)
     training_options = _training_options(options, typed, path, saved)
     _check_batch_size(training_options.batch_size)
-    device = pick_device(options.device)
     bf16 = use_bf16(options.precision, device)
     compile = device.type == "cuda" if options.compile is None else options.compile
     torch.manual_seed(training_options.seed)
     model = _build_model(stage, model_options).to(device)
     with distributed.first_of_machine_first():
-        images = load_images(training_options.dataset, options.data_dir, data_url=options.data_url).to(device)
+        images, held_out = (
+            load_images(training_options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
+            for train in (True, False)
+        )
     trainer = Trainer(stage.name, model_options, model, training_options, bf16, compile)
     if saved:
         with checkpoint.reading(path):
@@ -113,6 +135,7 @@ def _train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     received = train(
         trainer,
         images,
+        held_out,
         options.run_dir,
         max_steps=options.max_steps,
         sample_every=options.sample_every,
@@ -131,51 +154,161 @@ def _train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
 
 
 def _test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
-    path = options.checkpoint or options.run_dir / "checkpoint.pt"
-    output = options.output or path.parent / "samples.png"
+    output = options.output or _checkpoint_path(options).parent / "samples.png"
     if output.suffix.lower() != ".png":
         raise UsageError(f"argument --output: the name must end in .png, got {output}")
     if options.output and not output.parent.is_dir():
         raise UsageError(f"argument --output: no such folder: {output.parent}")
-    schedule = NoiseSchedule()
-    steps = options.steps or (schedule.steps if options.sampler == "ddpm" else 50)
-    if steps > schedule.steps:
-        raise UsageError(f"argument --steps: {schedule.steps} at most, got {steps}")
-    if options.sampler == "ddpm" and steps != schedule.steps:
-        raise UsageError(
-            f"argument --steps: ddpm takes {schedule.steps} steps, got {steps}; --sampler ddim takes fewer"
+    steps = _sampling_steps(options)
+    trained = _load_trained(stage, options, typed, min(options.batch_size, options.num_images))
+    images = _draw(trained, options, options.num_images, steps)
+    if distributed.RANK == 0:
+        save_grid(images, output)
+        print(
+            f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
+            f"after {trained.epochs} epochs, {trained.steps} steps of training"
         )
+    return 0
 
+
+def _eval(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+    sampling_steps = _sampling_steps(options)
+    trained = _load_trained(stage, options, typed, HELD_OUT_BLOCK)
+    fid_metric = evaluation.new_fid(trained.device) if options.fid else None  # now, for it may be missing
+    data = partial(load_images, trained.dataset, options.data_dir, data_url=options.data_url)
+    with distributed.first_of_machine_first():
+        held_out = data(train=False)
+    schedule = NoiseSchedule().to(trained.device)
+    predict_noise = noise_predictor(trained.model, trained.bf16)
+    report: dict[str, Any] = {
+        "stage": stage.name,
+        "checkpoint": str(trained.path),
+        "weights": options.weights,
+        "epochs": trained.epochs,
+        "steps": trained.steps,
+        "dataset": trained.dataset,
+        "seed": options.seed,
+        "device": str(trained.device),
+        "precision": "bf16" if trained.bf16 else "fp32",
+        "version": __version__,
+        "torch": torch.__version__,
+    }
+
+    started = time.perf_counter()
+    losses = evaluation.held_out_losses(predict_noise, schedule, held_out, options.seed)
+    loss, quarters = evaluation.loss_by_quarter(losses, schedule.steps)
+    report["loss"] = {
+        **loss._asdict(),
+        "quarters": [quarter._asdict() for quarter in quarters],
+        "images": len(losses),
+        "seconds": time.perf_counter() - started,
+    }
+
+    started = time.perf_counter()
+    images = held_out[: options.num_images]
+    bound = evaluation.variational_bound(predict_noise, schedule, images, exact=options.exact, seed=options.seed)
+    report["bits_per_dim"] = {
+        **{name: evaluation.mean_over_images(bits)._asdict() for name, bits in bound.by_name().items()},
+        "exact": options.exact,
+        "images": len(images),
+        "seconds": time.perf_counter() - started,
+    }
+
+    if fid_metric:
+        started = time.perf_counter()
+        samples = _draw(trained, options, options.fid, sampling_steps)
+        if distributed.RANK == 0:
+            report["fid"] = {
+                "value": evaluation.fid(fid_metric, samples, data(train=True)),
+                "samples": len(samples),
+                "sampler": options.sampler,
+                "sampling_steps": sampling_steps,
+                "seconds": time.perf_counter() - started,
+            }
+    if distributed.RANK == 0:
+        output = trained.path.parent / "eval.json"
+        with atomic_write(output) as file:
+            file.write(json.dumps(report, indent=2).encode() + b"\n")
+        _print_report(report)
+        print(f"{output}: the same and more")
+    return 0
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    print(
+        "{stage}: {weights} weights after {epochs} epochs, {steps} steps of training; {dataset}; {device} in "
+        "{precision}; seed {seed}".format(**report)
+    )
+    loss, bits = report["loss"], report["bits_per_dim"]
+    rows = [(f"loss ({loss['images']:,} images)", loss)]
+    rows += [(f"loss, quarter {number} of the time steps", part) for number, part in enumerate(loss["quarters"], 1)]
+    rows += [(f"bits/dim ({bits['images']:,} images)", bits["total"])]
+    rows += [(f"bits/dim, {name}", bits[name]) for name in ("prior", "kl", "decoder")]
+    print("| | mean | standard error |\n|---|---|---|")
+    for name, estimate in rows:
+        print(f"| {name} | {estimate['mean']:.5f} | {estimate['standard_error']:.5f} |")
+    if "fid" in report:
+        print(f"| FID ({report['fid']['samples']:,} samples) | {report['fid']['value']:.3f} | |")
+
+
+class _Trained(NamedTuple):
+    """A model from a checkpoint, ready for use."""
+
+    path: Path
+    model: nn.Module
+    device: torch.device
+    bf16: bool
+    dataset: str
+    epochs: int
+    steps: int
+
+
+def _load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], batch_size: int) -> _Trained:
+    """The model that `test` and `eval` use; where it is to be compiled, for batches of that size."""
+    path = _checkpoint_path(options)
     device = pick_device(options.device)
     bf16 = use_bf16(options.precision, device)
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name))
-    model_options = _model_options(stage, options, typed, path, saved)
-    model = _build_model(stage, model_options)
+    model = _build_model(stage, _model_options(stage, options, typed, path, saved)).eval()
     with checkpoint.reading(path):
         model.load_state_dict(saved["ema"] if options.weights == "ema" else saved["model"])
+        progress = checkpoint.from_saved(Progress, saved["progress"])
+        dataset = checkpoint.from_saved(TrainingOptions, saved["training_options"]).dataset
     model.to(device)
     if options.compile:
-        model = compile_model(model, min(options.batch_size, options.num_images), bf16)
-    images = sample_images(
-        model,
-        schedule.to(device),
-        options.num_images,
+        model = compile_model(model, batch_size, bf16)
+    return _Trained(path, model, device, bf16, dataset, progress.epoch, progress.step)
+
+
+def _checkpoint_path(options: argparse.Namespace) -> Path:
+    return options.checkpoint or options.run_dir / "checkpoint.pt"
+
+
+def _sampling_steps(options: argparse.Namespace) -> int:
+    """How many time steps the sampler visits."""
+    all_steps = NoiseSchedule().steps
+    steps = options.steps or (all_steps if options.sampler == "ddpm" else 50)
+    if steps > all_steps:
+        raise UsageError(f"argument --steps: {all_steps} at most, got {steps}")
+    if options.sampler == "ddpm" and steps != all_steps:
+        raise UsageError(f"argument --steps: ddpm takes {all_steps} steps, got {steps}; --sampler ddim takes fewer")
+    return steps
+
+
+def _draw(trained: _Trained, options: argparse.Namespace, num_images: int, steps: int) -> Tensor:
+    """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together."""
+    return sample_images(
+        trained.model,
+        NoiseSchedule().to(trained.device),
+        num_images,
         sampler=options.sampler,
         steps=steps,
         seed=options.seed,
         batch_size=options.batch_size,
-        bf16=bf16,
+        bf16=trained.bf16,
         progress=True,
         spread=True,
     )
-    if distributed.RANK == 0:
-        save_grid(images, output)
-        progress = saved["progress"]
-        print(
-            f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
-            f"after {progress['epoch']} epochs, {progress['step']} steps of training"
-        )
-    return 0
 
 
 def _find_run(stage: Stage, options: argparse.Namespace, path: Path) -> Checkpoint | None:
@@ -189,8 +322,6 @@ def _find_run(stage: Stage, options: argparse.Namespace, path: Path) -> Checkpoi
 
 
 def _check_batch_size(batch_size: int) -> None:
-    if batch_size > TRAINING_IMAGES:
-        raise UsageError(f"argument --batch-size: there are {TRAINING_IMAGES} training images, got {batch_size}")
     if batch_size % distributed.WORLD_SIZE:
         raise UsageError(
             f"argument --batch-size: {distributed.WORLD_SIZE} processes cannot share a batch of {batch_size} equally; "
@@ -202,9 +333,11 @@ def _model_options(
     stage: Stage, options: argparse.Namespace, typed: set[str], path: Path, saved: Checkpoint | None
 ) -> dict[str, Any]:
     """The stage's model options: those of the checkpoint, if there is one."""
-    asked = {name: getattr(options, name) for name in _model_option_names(stage)}
+    asked = {name: getattr(options, name) for name in _model_defaults(stage)}
     if saved is None:
         return asked
+    with checkpoint.reading(path):
+        _check_saved_model_options(stage, saved["model_options"])
     _refuse_contradictions({name: asked[name] for name in typed & asked.keys()}, saved["model_options"], path)
     return saved["model_options"]
 
@@ -216,9 +349,11 @@ def _training_options(
     asked = {f.name: getattr(options, f.name) for f in fields(TrainingOptions) if hasattr(options, f.name)}
     if saved is None:
         return TrainingOptions(**asked)
+    with checkpoint.reading(path):
+        before = checkpoint.from_saved(TrainingOptions, saved["training_options"])
     changed = {name: asked[name] for name in typed & asked.keys()}
     _refuse_contradictions({n: changed[n] for n in changed if n in FIXED}, saved["training_options"], path)
-    return TrainingOptions(**{**saved["training_options"], **changed})
+    return replace(before, **changed)
 
 
 def _refuse_contradictions(asked: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
@@ -238,7 +373,7 @@ def _build_model(stage: Stage, model_options: dict[str, Any]) -> nn.Module:
 
 
 def _remove_run(run_dir: Path) -> None:
-    for name in ("checkpoint.pt", "log.csv", "samples.png"):
+    for name in ("checkpoint.pt", "log.csv", "loss.png", "samples.png", "eval.json"):
         (run_dir / name).unlink(missing_ok=True)
     if (run_dir / "samples").exists():
         shutil.rmtree(run_dir / "samples")
@@ -251,7 +386,14 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class _StrictParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are exceptions."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -271,35 +413,71 @@ def _parse(stage: Stage, argv: Sequence[str] | None) -> tuple[argparse.Namespace
     return options, typed
 
 
-def _model_option_names(stage: Stage) -> list[str]:
-    model, training = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+def _model_parser(stage: Stage) -> _StrictParser:
+    """Of the stage's model options alone."""
+    model, training = _StrictParser(add_help=False, allow_abbrev=False), _StrictParser(add_help=False)
     stage.add_options(model.add_argument_group(), training.add_argument_group())
-    return list(vars(model.parse_args([])))
+    return model
+
+
+def _model_defaults(stage: Stage) -> dict[str, Any]:
+    return vars(_model_parser(stage).parse_args([]))
+
+
+def _check_saved_model_options(stage: Stage, saved: dict[str, Any]) -> None:
+    """Makes sure that the options could have come from the command line, of which a checkpoint might know nothing.
+
+    Raises:
+        TypeError, ValueError, AttributeError: they could not.
+    """
+    words = []
+    for name, value in saved.items():
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    if vars(_model_parser(stage).parse_args(words)) != saved:
+        raise ValueError(f"its model options are {saved}")
 
 
 def _make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
     parser = _Parser(prog=f"{stage.name}.py", description=stage.description, formatter_class=_HelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,test}")
-    train = commands.add_parser("train", help="train the model", formatter_class=_HelpFormatter)
-    test = commands.add_parser("test", help="draw pictures from the trained model", formatter_class=_HelpFormatter)
-    for command in (train, test):
+    versions = f"%(prog)s {__version__}, PyTorch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=versions)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,test,eval}")
+    train, test, evaluate = (
+        commands.add_parser(name, help=text, formatter_class=_HelpFormatter)
+        for name, text in (
+            ("train", "train the model"),
+            ("test", "draw pictures from the trained model"),
+            ("eval", "measure the trained model on held-out images"),
+        )
+    )
+    for command in (train, test, evaluate):
         model = command.add_argument_group("model")
         training = command.add_argument_group("training")
         stage.add_options(model, training)
         if command is train:
             _add_training_options(training, stage)
-            _add_data_options(command.add_argument_group("data"))
+            _add_data_options(command.add_argument_group("data"), choose=True)
             _add_run_options(command.add_argument_group("run"))
         else:
+            if command is test:
+                _add_test_options(command.add_argument_group("pictures"))
+            else:
+                _add_data_options(command.add_argument_group("data"))
+                _add_eval_options(command.add_argument_group("measures"))
             _add_sampling_options(command.add_argument_group("sampling"))
         _add_common_options(command.add_argument_group("common"), stage)
-    return parser, [train, test]
+    return parser, [train, test, evaluate]
 
 
 def _add_training_options(group: OptionGroup, stage: Stage) -> None:
     new = TrainingOptions
-    group.add_argument("--epochs", type=positive_int, default=stage.epochs, help="passes over the training images")
-    group.add_argument("--batch-size", type=positive_int, default=new.batch_size, help="images per optimiser step")
+    group.add_argument("--epochs", type=whole_number(1), default=stage.epochs, help="passes over the training images")
+    group.add_argument(
+        "--batch-size",
+        type=whole_number(1, TRAINING_IMAGES),
+        default=new.batch_size,
+        help="images per optimiser step, of all processes together",
+    )
     group.add_argument("--lr", type=positive_float, default=new.lr, help="Adam's learning rate")
     group.add_argument(
         "--ema-decay", type=_decay, default=new.ema_decay, help="of the averaged weights, ramped up to; 0: no averaging"
@@ -307,10 +485,11 @@ def _add_training_options(group: OptionGroup, stage: Stage) -> None:
     group.add_argument("--seed", type=seed, default=new.seed, help="of weights, order, time steps, noise and flips")
 
 
-def _add_data_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded on first use, shapes is drawn"
-    )
+def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
+    if choose:
+        group.add_argument(
+            "--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded on first use, shapes is drawn"
+        )
     group.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps the data set")
     group.add_argument(
         "--data-url", type=_url, help="another address of cifar-10-python.tar.gz (default: the official one)"
@@ -319,13 +498,13 @@ def _add_data_options(group: OptionGroup) -> None:
 
 def _add_run_options(group: OptionGroup) -> None:
     group.add_argument(
-        "--max-steps", type=positive_int, help="optimiser steps to stop after, in all (default: no limit)"
+        "--max-steps", type=whole_number(1), help="optimiser steps to stop after, in all (default: no limit)"
     )
     group.add_argument(
-        "--sample-every", type=non_negative_int, default=10, help="epochs between two sample grids; 0: none"
+        "--sample-every", type=whole_number(0), default=10, help="epochs between two sample grids; 0: none"
     )
     group.add_argument(
-        "--checkpoint-every", type=positive_int, help="steps between two checkpoints (default: one epoch)"
+        "--checkpoint-every", type=whole_number(1), help="steps between two checkpoints (default: one epoch)"
     )
     exclusive = group.add_mutually_exclusive_group()
     exclusive.add_argument(
@@ -336,19 +515,45 @@ def _add_run_options(group: OptionGroup) -> None:
     exclusive.add_argument("--overwrite", action="store_true", help="throw away the run in the run folder")
 
 
+def _add_test_options(group: OptionGroup) -> None:
+    group.add_argument("--num-images", type=whole_number(1, MOST_SAMPLES), default=64, help="images in the grid")
+    group.add_argument("--output", type=Path, help="PNG to write (default: samples.png beside the checkpoint)")
+
+
+def _add_eval_options(group: OptionGroup) -> None:
+    group.add_argument(
+        "--num-images",
+        type=whole_number(2, HELD_OUT_IMAGES),
+        default=1000,
+        help="held-out images whose bits per dimension are measured; the loss is measured on all 10,000",
+    )
+    group.add_argument(
+        "--exact",
+        action="store_true",
+        help="sum up all 1000 terms of the bound for each image, instead of estimating the sum from 11",
+    )
+    group.add_argument(
+        "--fid",
+        type=whole_number(2, MOST_SAMPLES),
+        metavar="N",
+        help='Frechet inception distance of N samples from the training images; takes "torchmetrics[image]" '
+        "(default: not measured)",
+    )
+
+
 def _add_sampling_options(group: OptionGroup) -> None:
-    group.add_argument("--num-images", type=positive_int, default=64, help="images in the grid")
     group.add_argument("--seed", type=seed, default=0, help="of the noise")
     group.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm takes every step, ddim a few")
-    group.add_argument("--steps", type=positive_int, help="time steps to visit (default: 1000 for ddpm, 50 for ddim)")
+    group.add_argument(
+        "--steps", type=whole_number(1), help="time steps to visit (default: 1000 for ddpm, 50 for ddim)"
+    )
     group.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as the last step left them"
     )
-    group.add_argument("--batch-size", type=positive_int, default=256, help="images to draw at a time")
+    group.add_argument("--batch-size", type=whole_number(1, MOST_SAMPLES), default=256, help="images to draw at a time")
     group.add_argument(
         "--checkpoint", type=Path, help="file to take the model from (default: checkpoint.pt in the run folder)"
     )
-    group.add_argument("--output", type=Path, help="PNG to write (default: samples.png beside the checkpoint)")
 
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:
@@ -372,14 +577,9 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
 # Types of options: they turn a word of the command line into a value or say what is wrong with it
 
 
-def positive_int(word: str) -> int:
-    """A whole number, 1 or more."""
-    return _number(word, int, lambda value: value >= 1, "a positive whole number")
-
-
-def non_negative_int(word: str) -> int:
-    """A whole number, 0 or more."""
-    return _number(word, int, lambda value: value >= 0, "a whole number, 0 or more")
+def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
+    """A type of option: a whole number within these bounds."""
+    return lambda word: _number(word, int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
 
 
 def positive_float(word: str) -> float:
@@ -389,7 +589,7 @@ def positive_float(word: str) -> float:
 
 def multiple_of_32(word: str) -> int:
     """A number of channels that GroupNorm can split into 32 groups."""
-    return _number(word, int, lambda value: value >= 1 and value % 32 == 0, "a positive multiple of 32")
+    return _number(word, int, lambda value: value in range(32, 1025, 32), "a multiple of 32, from 32 to 1024")
 
 
 def seed(word: str) -> int:

@@ -5,6 +5,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from common.shapes import draw_shapes
 IMAGE_SHAPE = (3, 32, 32)
 DATASETS = ("cifar10", "shapes")
 TRAINING_IMAGES = 50_000  # of either data set
+HELD_OUT_IMAGES = 10_000
 
 
 def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: str | None = None) -> Tensor:
@@ -58,15 +60,18 @@ def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarr
 
 def _load_shapes(data_dir: Path) -> np.ndarray:
     path = data_dir / "shapes.npz"
+    count = TRAINING_IMAGES + HELD_OUT_IMAGES
+    with suppress(FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):  # or damaged
+        images = np.load(path)["images"]
+        if images.shape == (count, *IMAGE_SHAPE) and images.dtype == np.uint8:
+            return images
+    images = draw_shapes(count)
     try:
-        return np.load(path)["images"]
-    except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):  # missing or damaged
-        images = draw_shapes(60_000)
-    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez_compressed(file, images=images)
-    except OSError as error:
-        print(f"warning: {path}: not kept for the next time ({error.strerror})", file=sys.stderr)
+    except (OSError, UserError) as error:
+        print(f"warning: drawn, but not kept for the next time: {error}", file=sys.stderr)
     return images
 
 

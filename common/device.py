@@ -92,6 +92,12 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
     return compiled  # type: ignore[return-value]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that a tensor did not fit into memory, of whichever device."""
+    words = ("out of memory", "can't allocate memory", "invalid buffer size", "size calculation overflowed")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 class OneLaunch:
     """Runs a function of tensors on a GPU as one CUDA graph, which saves the time of launching its kernels one by one.
 

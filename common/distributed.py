@@ -48,7 +48,7 @@ def exit_after_error(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def is_lost_connection(error: RuntimeError) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """Whether the error says that another process could not be reached."""
     return WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 

@@ -1,12 +1,10 @@
 """The training loop: DDPM's simple loss, Adam, averaged weights, and what it leaves in the run folder."""
 
-import csv
-import io
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,15 +18,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import checkpoint, distributed
-from common.checkpoint import Checkpoint, atomic_write
+from common.checkpoint import Checkpoint
 from common.data import random_generator, random_hflip, shuffled_batches, to_float, to_uint8
 from common.device import OneLaunch, compile_model
 from common.errors import UserError
-from common.sampling import sample_images, save_grid
+from common.loss import HELD_OUT_BLOCK, diffusion_loss, held_out_draws
+from common.run_folder import LOG_COLUMNS, plot_losses, write_log
+from common.sampling import noise_predictor, sample_images, save_grid
 from common.schedule import NoiseSchedule
 
 GRID_IMAGES = 64
-LOG_COLUMNS = ("epoch", "step", "train_loss", "images_per_second", "seconds")
+LOG_HELD_OUT_IMAGES = 2000  # for the held-out loss of every epoch: 1.3 % of an epoch's work
+CHECK_EVERY = 100  # steps between two looks at whether the run is still sound
+PLOT_EVERY = 30.0  # seconds at least between two drawings of the loss curve
 
 
 @dataclass
@@ -54,25 +56,6 @@ class Progress:
     loss_sum: float = 0.0  # sum of those images' losses
     seconds: float = 0.0  # what those images took, without checkpoints and sample grids
     log: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv, one per completed epoch
-
-
-def diffusion_loss(
-    model: nn.Module, schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor, bf16: bool = False
-) -> Tensor:
-    """DDPM's simple loss (eq. 14): how far the predicted noise is from the noise, squared, averaged over an image.
-
-    Args:
-        x0, noise: float32 (B, C, H, W).
-        t: int64 (B,).
-        bf16: run the model under bfloat16 autocast; noising and loss stay in float32.
-
-    Returns:
-        float32 (B,), one for each image.
-    """
-    xt = schedule.add_noise(x0, t, noise)
-    with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
-        pred_noise = model(xt, t)
-    return (pred_noise.float() - noise).square().mean(dim=(1, 2, 3))
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
@@ -125,16 +108,19 @@ class Trainer:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True, capturable=on_gpu)
         self.ema = average_weights(model, options.ema_decay)
         self.progress = Progress()
-        self._loss_sum = torch.zeros((), device=self.device)  # read rarely: each reading makes a GPU wait
+        # These two are read rarely: each reading makes a GPU wait.
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._first_bad_step = torch.full((), math.inf, device=self.device)
 
         self.forward: nn.Module = model  # what is run; it shares its weights with `model`
         if compile:
             self.forward = compile_model(model, options.batch_size // distributed.WORLD_SIZE, bf16, training=True)
-        self.update: Callable[..., Tensor] = self._update
+        self.update: Callable[..., tuple[Tensor, Tensor]] = self._update
         if distributed.WORLD_SIZE > 1:
             self.forward = DistributedDataParallel(self.forward, device_ids=[self.device] if on_gpu else None)
         elif on_gpu:
             self.update = OneLaunch(self._update)
+        self.averaged = noise_predictor(self.ema.module.eval(), bf16)
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 images (B, 3, 32, 32) as the model sees them: float32 in [-1, 1], flipped by chance if so asked."""
@@ -155,53 +141,69 @@ class Trainer:
         noise = torch.randn(x0.shape, generator=generator, device=self.device)
 
         mine = distributed.share(len(x0))
-        loss = self.update(x0[mine], t[mine], noise[mine], weight[mine])
+        loss, gradient_norm = self.update(x0[mine], t[mine], noise[mine], weight[mine])
         self.ema.update_parameters(self.model)
 
         count = len(images) - missing
-        self._loss_sum += distributed.sum_over_ranks(loss) * count
+        loss = distributed.sum_over_ranks(loss)
+        self._loss_sum += loss * count
         self.progress.step += 1
         self.progress.seen += count
+        is_sound = torch.isfinite(loss + gradient_norm)
+        self._first_bad_step.clamp_(max=torch.where(is_sound, math.inf, self.progress.step))
 
-    def _update(self, x0: Tensor, t: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-        """One step of the optimiser. Returns this process's part of the batch's loss."""
+    def _update(self, x0: Tensor, t: Tensor, noise: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the optimiser. Returns this process's part of the batch's loss, and the gradient's norm."""
         loss = (diffusion_loss(self.forward, self.schedule, x0, t, noise, self.bf16) * weight).sum()
         self.optimizer.zero_grad()
         (loss * distributed.WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over the processes
+        gradient_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
-        return loss.detach()
+        return loss.detach(), gradient_norm
 
-    def mean_loss(self) -> float:
-        """Mean loss of the images seen in the epoch under way.
+    def check(self) -> None:
+        """Makes sure that every loss and every gradient so far was a finite number.
 
         Raises:
-            UserError: it is not a finite number.
+            UserError: one was not, so the weights are worth nothing.
         """
-        loss = self._loss_sum.item() / self.progress.seen
-        if not math.isfinite(loss):
+        first_bad_step = self._first_bad_step.item()
+        if first_bad_step < math.inf:
             raise UserError(
-                f"the loss is {loss} at step {self.progress.step} with --lr {self.options.lr:g}; "
-                "try a lower learning rate, or --precision fp32"
+                f"the loss or the gradient is no finite number since step {first_bad_step:.0f}, with --lr "
+                f"{self.options.lr:g}; the checkpoint before stays as it is; try a lower --lr, or --precision fp32"
             )
-        return loss
 
-    def finish_epoch(self, loss: float, seconds: float) -> None:
+    def mean_loss(self) -> float:
+        """Mean loss of the images seen in the epoch under way."""
+        return self._loss_sum.item() / self.progress.seen
+
+    @torch.no_grad()
+    def held_out_loss(self, draws: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+        """Mean loss of the averaged weights.
+
+        Args:
+            draws: x0, t and noise, block by block; with several processes, each has blocks of its own.
+        """
+        total = torch.zeros(2, device=self.device)
+        for x0, t, noise in draws:
+            loss = diffusion_loss(self.averaged, self.schedule, x0, t, noise)
+            total += torch.stack([loss.sum(), loss.new_tensor(len(loss))])
+        loss_sum, count = distributed.sum_over_ranks(total).tolist()
+        return loss_sum / count
+
+    def finish_epoch(self, loss: float, held_out_loss: float, seconds: float) -> None:
         """Adds the epoch's row to the log, and makes ready for the next epoch."""
         progress = self.progress
         progress.epoch += 1
-        row = (progress.epoch, progress.step, round(loss, 6), round(progress.seen / seconds, 1), round(seconds, 2))
+        losses = (round(loss, 6), round(held_out_loss, 6))
+        row = (progress.epoch, progress.step, *losses, round(progress.seen / seconds, 1), round(seconds, 2))
         progress.log.append(dict(zip(LOG_COLUMNS, row)))
         progress.seen, progress.seconds = 0, 0.0
         self._loss_sum.zero_()
 
     def checkpoint(self) -> Checkpoint:
-        """All that `restore` needs, and the stage's model options, from which the model can be built again.
-
-        Raises:
-            UserError: the loss is not finite, so the weights are not worth keeping.
-        """
-        if self.progress.seen:
-            self.mean_loss()
+        """All that `restore` needs, and the stage's model options, from which the model can be built again."""
         self.progress.loss_sum = self._loss_sum.item()
         return {
             "format": checkpoint.FORMAT,
@@ -215,12 +217,19 @@ class Trainer:
         }
 
     def restore(self, saved: Checkpoint) -> None:
-        """Goes back to where `checkpoint` was called, with this Trainer's own options."""
-        self.progress = Progress(**saved["progress"])
+        """Goes back to where `checkpoint` was called, with this Trainer's own options.
+
+        Raises:
+            RuntimeError, ValueError, LookupError, TypeError, AttributeError: `saved` does not fit.
+        """
+        self.progress = checkpoint.from_saved(Progress, saved["progress"])
         self._loss_sum.fill_(self.progress.loss_sum)
         self.model.load_state_dict(saved["model"])
         self.ema.module.load_state_dict(saved["ema"])
         self.ema.n_averaged.fill_(self.progress.step)
+        for number, parameter in enumerate(self.model.parameters()):
+            if any(saved["optimizer"][number][name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"the optimizer's state of parameter {number} has another shape")
         param_groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": param_groups})
 
@@ -228,6 +237,7 @@ class Trainer:
 def train(
     trainer: Trainer,
     images: Tensor,
+    held_out: Tensor,
     run_dir: Path,
     *,
     max_steps: int | None = None,
@@ -241,6 +251,7 @@ def train(
     Args:
         trainer: fresh, or restored from a checkpoint.
         images: uint8 (N, 3, 32, 32), on the trainer's device.
+        held_out: uint8 (M, 3, 32, 32), of which the first 2000 are measured after every epoch.
         run_dir: the run folder.
         max_steps: optimiser steps to stop after, counted from the start of the run.
         sample_every: epochs between two sample grids; 0 draws none.
@@ -248,24 +259,34 @@ def train(
 
     Returns:
         The signal that stopped it, SIGINT or SIGTERM, or None.
+
+    Raises:
+        UserError: the loss or the gradient is not finite, or a file cannot be written.
     """
     options, progress = trainer.options, trainer.progress
     is_first = distributed.RANK == 0
+    held_out = held_out[:LOG_HELD_OUT_IMAGES]
+    blocks = range(0, len(held_out), HELD_OUT_BLOCK)[distributed.RANK :: distributed.WORLD_SIZE]
+    draws = [held_out_draws(held_out, start, trainer.schedule) for start in blocks]
 
     def save() -> None:
+        trainer.check()
         if is_first:
             checkpoint.save(run_dir / "checkpoint.pt", trainer.checkpoint())
 
     if is_first:
+        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         if progress.step == 0:
             _save_data_grid(trainer, images, run_dir)
-        _write_log(run_dir, progress)
+        write_log(run_dir, progress.log)
+        _save_sample_grid(trainer, run_dir, sample_every)
 
     total = options.epochs * len(images)
     if max_steps is not None:
         total = min(total, max_steps * options.batch_size)
     seen = progress.epoch * len(images) + progress.seen
     hide_bar = None if is_first else True  # None: where stderr is no terminal
+    plotted = -math.inf
     with _stop_signals() as received, tqdm(total=total, initial=seen, unit=" images", disable=hide_bar) as bar:
 
         def done() -> bool:
@@ -287,6 +308,8 @@ def train(
                 if not bar.disable and time.perf_counter() - shown > 1:
                     bar.set_postfix(loss=f"{trainer.mean_loss():.4f}", refresh=False)
                     shown = time.perf_counter()
+                if progress.step % CHECK_EVERY == 0:
+                    trainer.check()
                 if done():
                     break
                 if checkpoint_every and progress.step % checkpoint_every == 0 and progress.seen < len(images):
@@ -294,15 +317,22 @@ def train(
 
             if progress.seen == len(images):
                 loss = trainer.mean_loss()  # waits for the GPU, so the time that follows is true
-                trainer.finish_epoch(loss, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                trainer.check()
+                trainer.finish_epoch(loss, trainer.held_out_loss(draws), seconds)
                 if is_first:
-                    _write_log(run_dir, progress)
+                    write_log(run_dir, progress.log)
                     bar.write(_epoch_line(progress, options), file=sys.stderr)
-                    if sample_every and (progress.epoch % sample_every == 0 or progress.epoch == options.epochs):
-                        _save_sample_grid(trainer, run_dir)
             stop = done()
             if stop or not checkpoint_every or progress.step % checkpoint_every == 0:
                 save()
+            if is_first:  # pictures come last: what took training time is on the disk by now
+                if progress.log and (stop or time.perf_counter() - plotted > PLOT_EVERY):
+                    if not plot_losses(run_dir) and plotted == -math.inf:
+                        bar.write("no loss.png, which takes matplotlib: python -m pip install matplotlib", sys.stderr)
+                    plotted = time.perf_counter()
+                if not received:
+                    _save_sample_grid(trainer, run_dir, sample_every)
     return received[0] if received else None
 
 
@@ -310,18 +340,8 @@ def _epoch_line(progress: Progress, options: TrainingOptions) -> str:
     row = progress.log[-1]
     return (
         f"epoch {row['epoch']}/{options.epochs}: step {row['step']}, train loss {row['train_loss']:.4f}, "
-        f"{row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
+        f"held-out loss {row['held_out_loss']:.4f}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
     )
-
-
-def _write_log(run_dir: Path, progress: Progress) -> None:
-    """Writes log.csv anew from the rows that the checkpoint holds, so that no interruption leaves half a row or two."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(progress.log)
-    with atomic_write(run_dir / "log.csv") as file:
-        file.write(text.getvalue().encode())
 
 
 def _save_data_grid(trainer: Trainer, images: Tensor, run_dir: Path) -> None:
@@ -331,12 +351,18 @@ def _save_data_grid(trainer: Trainer, images: Tensor, run_dir: Path) -> None:
     save_grid(to_uint8(trainer.augment(batch, generator)).cpu(), run_dir / "samples" / "data.png")
 
 
-def _save_sample_grid(trainer: Trainer, run_dir: Path) -> None:
-    """Writes what the averaged weights draw, from the same starting noise every time."""
+def _save_sample_grid(trainer: Trainer, run_dir: Path, sample_every: int) -> None:
+    """Writes what the averaged weights draw, from the same starting noise every time, if it is due and not there."""
+    progress = trainer.progress
+    path = run_dir / "samples" / f"epoch-{progress.epoch:04d}.png"
+    epoch_is_complete = progress.epoch > 0 and progress.seen == 0
+    is_due = sample_every and (progress.epoch % sample_every == 0 or progress.epoch == trainer.options.epochs)
+    if not (epoch_is_complete and is_due) or path.exists():
+        return
     images = sample_images(
         trainer.ema.module, trainer.schedule, GRID_IMAGES, sampler="ddim", seed=trainer.options.seed, bf16=trainer.bf16
     )
-    save_grid(images, run_dir / "samples" / f"epoch-{trainer.progress.epoch:04d}.png")
+    save_grid(images, path)
 
 
 @contextmanager

@@ -23,12 +23,12 @@ def contents() -> Checkpoint:
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path, contents: Checkpoint) -> None:
-    checkpoint.save(tmp_path / "new" / "checkpoint.pt", contents)
-    loaded = checkpoint.load(tmp_path / "new" / "checkpoint.pt", "part_a_cifar")
+    checkpoint.save(tmp_path / "checkpoint.pt", contents)
+    loaded = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")
     assert loaded.keys() == contents.keys()
     assert loaded["training_options"] == contents["training_options"]
     assert torch.equal(loaded["ema"]["conv_in.weight"], contents["ema"]["conv_in.weight"])
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, contents: Checkpoint) -> None:
@@ -42,7 +42,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, con
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_file_is_on_the_disk_before_it_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_on_the_disk_before_it_is_moved_and_so_is_the_move_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -58,7 +60,7 @@ def test_the_file_is_on_the_disk_before_it_is_moved(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", note_replace)
     with atomic_write(tmp_path / "file") as file:
         file.write(b"contents")
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path) -> Path:
 
 def test_run_folder_holds_what_is_promised(run_dir: Path) -> None:
     files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
-    assert [name for name in files if name != "samples.png"] == ["checkpoint.pt", "log.csv", "samples/data.png"]
+    assert [name for name in files if name != "samples.png"] == [
+        ".lock", "checkpoint.pt", "log.csv", "samples/data.png",
+    ]  # fmt: skip
     assert Image.open(run_dir / "samples" / "data.png").size == (274, 274)
 
 
@@ -201,7 +203,7 @@ def test_compiled_model_learns_what_the_plain_one_does(
 
 
 MISTAKES = [
-    (A, "", "train,test"),
+    (A, "", "train,test,eval"),
     (A, "paint", "paint"),
     (A, "train --epochs 0", "--epochs"),
     (A, "train --epochs 1.5", "--epochs"),

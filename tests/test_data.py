@@ -2,11 +2,14 @@
 
 import functools
 import hashlib
+import pickle
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,12 +48,17 @@ def test_shapes_differ_from_picture_to_picture_and_lie_on_a_white_ground() -> No
 
 
 def test_damaged_shapes_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.data.draw_shapes", lambda count: draw_shapes(100))
+    monkeypatch.setattr("common.data.TRAINING_IMAGES", 60)
+    monkeypatch.setattr("common.data.HELD_OUT_IMAGES", 40)
     first = load_images("shapes", tmp_path)
     whole = (tmp_path / "shapes.npz").read_bytes()
     middle = len(whole) // 2
     for damaged in (b"", b"no archive", whole[:middle], whole[:middle] + b"damage" + whole[middle + 6 :]):
         (tmp_path / "shapes.npz").write_bytes(damaged)
+        assert torch.equal(load_images("shapes", tmp_path), first)
+        assert (tmp_path / "shapes.npz").read_bytes() == whole
+    for foreign in (np.zeros(3), np.zeros((100, 3, 32, 32)), np.zeros((99, 3, 32, 32), dtype=np.uint8)):
+        np.savez_compressed(tmp_path / "shapes.npz", images=foreign)
         assert torch.equal(load_images("shapes", tmp_path), first)
 
 
@@ -85,6 +93,41 @@ def test_an_archive_with_other_bytes_is_refused(tmp_path: Path, server: str) -> 
     (tmp_path / "other.tar.gz").write_bytes(b"not CIFAR-10")
     with pytest.raises(UserError, match="--data-url"):
         load_images("cifar10", tmp_path / "data", data_url=f"{server}/other.tar.gz")
+
+
+class Attack:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.victim,)
+
+
+def test_code_in_the_data_set_is_refused_and_does_not_run(tmp_path: Path, server: str) -> None:
+    folder = tmp_path / "data" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"):
+        (folder / name).write_bytes(pickle.dumps(Attack(tmp_path / "victim")))
+    for train in (True, False):
+        with pytest.raises(UserError, match="--data-dir"):
+            load_images("cifar10", tmp_path / "data", train=train, data_url=f"{server}/nothing.tar.gz")
+    assert not (tmp_path / "victim").exists()
+    pickle.loads((folder / "data_batch_1").read_bytes())  # the attack is a real one
+    assert (tmp_path / "victim").exists()
+
+
+def test_one_changed_byte_of_the_data_set_is_noticed(tmp_path: Path, server: str, cifar10_dir: Path) -> None:
+    shutil.copytree(cifar10_dir / CIFAR10.base_folder, tmp_path / "data" / CIFAR10.base_folder)
+    with open(tmp_path / "data" / CIFAR10.base_folder / "test_batch", "r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)
+        file.seek(1_000_000)
+        file.write(bytes([byte[0] ^ 1]))
+    for train in (True, False):
+        with pytest.raises(UserError, match="--data-dir"):
+            load_images("cifar10", tmp_path / "data", train=train, data_url=f"{server}/nothing.tar.gz")
 
 
 def test_cifar10_comes_from_another_address(

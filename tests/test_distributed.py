@@ -66,18 +66,22 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 @pytest.mark.parametrize("count", [2, 3])
 def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(tmp_path: Path, count: int) -> None:
     train_rank(tmp_path)
-    expected, log = torch.load(tmp_path / "rank0.pt")
+    expected, log, measures = torch.load(tmp_path / "rank0.pt")
     shutil.rmtree(tmp_path / "run")
     for status, _, error in run(count, "-m", "tests.train_ranks", tmp_path):
         assert status == 0, error
-    (weights, log_0), *others = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(count))
-    for other, _ in others:
+    (weights, log_0, _), *others = results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(count)]
+    for other, *_ in others:
         assert largest_difference(other, weights) == 0
     assert largest_difference(weights, expected) < 2e-5  # after twelve steps of up to 1e-3
     for row, expected_row in zip(log_0, log):
         assert (row["epoch"], row["step"]) == (expected_row["epoch"], expected_row["step"])
-        assert row["train_loss"] == pytest.approx(expected_row["train_loss"], rel=1e-4)
-    assert [path.name for path in sorted((tmp_path / "run").rglob("*.*"))] == ["checkpoint.pt", "log.csv", "data.png"]
+        for name in ("train_loss", "held_out_loss"):
+            assert row[name] == pytest.approx(expected_row[name], rel=1e-4)
+    for *_, measured in results:
+        assert torch.equal(measured, measures)
+    names = {path.name for path in (tmp_path / "run").rglob("*.*")}
+    assert names - {"loss.png"} == {"checkpoint.pt", "log.csv", "data.png"}
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_three_or_one(tmp_path: Path, shapes_dir: Path) -> None:

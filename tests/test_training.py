@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.errors import UserError
+from common.loss import diffusion_loss, held_out_draws
+from common.run_folder import plot_losses
 from common.schedule import NoiseSchedule
-from common.training import Trainer, TrainingOptions, average_weights, diffusion_loss, train
+from common.training import Trainer, TrainingOptions, average_weights, train
 from tests.conftest import ROOT, STAGES, run_stage
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 44 images: 3 steps an epoch, 9 in all
@@ -58,7 +60,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The last checkpoint of a run that nothing interrupted and that drew no pictures."""
     images = torch.randint(256, (44, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     run_dir = tmp_path_factory.mktemp("uncut")
-    train(make_trainer(hflip=True), images, run_dir, sample_every=0)
+    train(make_trainer(hflip=True), images, images, run_dir, sample_every=0)
     return dict(checkpoint.load(run_dir / "checkpoint.pt", "part_a_cifar"))
 
 
@@ -71,7 +73,7 @@ def test_resumed_run_equals_the_uncut_one_bit_for_bit(
         trainer = make_trainer(hflip=True)
         if (tmp_path / "checkpoint.pt").exists():
             trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"))
-        train(trainer, images, tmp_path, max_steps=max_steps, sample_every=0)
+        train(trainer, images, images, tmp_path, max_steps=max_steps, sample_every=0)
         assert trainer.progress.step == (max_steps or 9)
     assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
     assert [row["epoch"] for row in read_log(tmp_path)] == ["1", "2", "3"]
@@ -94,21 +96,21 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_as_good(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint, "save", save_then_die)
-        train(make_trainer(hflip=True), images, tmp_path, sample_every=0, checkpoint_every=2)
+        train(make_trainer(hflip=True), images, images, tmp_path, sample_every=0, checkpoint_every=2)
     trainer = make_trainer(hflip=True)
     trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"))
     assert (trainer.progress.step, trainer.progress.seen) == (4, 16)
-    train(trainer, images, tmp_path, sample_every=0)
+    train(trainer, images, images, tmp_path, sample_every=0)
     assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
 
 
 def test_a_run_that_has_made_its_steps_makes_no_more(images: Tensor, tmp_path: Path, uncut: dict[str, Any]) -> None:
     trainer = make_trainer(hflip=True)
-    train(trainer, images, tmp_path, max_steps=4, sample_every=0)
+    train(trainer, images, images, tmp_path, max_steps=4, sample_every=0)
     for max_steps in (4, 3, 1):
-        train(trainer, images, tmp_path, max_steps=max_steps, sample_every=0)
+        train(trainer, images, images, tmp_path, max_steps=max_steps, sample_every=0)
         assert trainer.progress.step == 4
-    train(trainer, images, tmp_path, max_steps=100, sample_every=0)
+    train(trainer, images, images, tmp_path, max_steps=100, sample_every=0)
     assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
 
 
@@ -116,7 +118,7 @@ def test_pictures_during_training_change_nothing_in_the_weights(
     images: Tensor, tmp_path: Path, uncut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.training.GRID_IMAGES", 4)
-    train(make_trainer(hflip=True), images, tmp_path, sample_every=2)
+    train(make_trainer(hflip=True), images, images, tmp_path, sample_every=2)
     assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "data.png", "epoch-0002.png", "epoch-0003.png",
@@ -124,11 +126,26 @@ def test_pictures_during_training_change_nothing_in_the_weights(
     assert Image.open(tmp_path / "samples" / "epoch-0003.png").size == (70, 70)
 
 
+def test_pictures_that_a_death_left_out_are_drawn_on_resuming(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run dies after its checkpoint, and before the grid."""
+    monkeypatch.setattr("common.training.GRID_IMAGES", 4)
+    train(make_trainer(), images, images, tmp_path, max_steps=6, sample_every=2)
+    grid = tmp_path / "samples" / "epoch-0002.png"
+    drawn = grid.read_bytes()
+    grid.unlink()
+    trainer = make_trainer()
+    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"))
+    train(trainer, images, images, tmp_path, max_steps=6, sample_every=2)
+    assert grid.read_bytes() == drawn
+
+
 def test_another_seed_or_option_gives_other_weights(images: Tensor, tmp_path: Path, uncut: dict[str, Any]) -> None:
     others: list[dict[str, Any]] = [{"seed": 1}, {"hflip": False}, {"lr": 2e-3}, {"batch_size": 15}]
     for number, options in enumerate(others):
         trainer = make_trainer(stage="part_a_cifar", **{"hflip": True, **options})
-        train(trainer, images, tmp_path / str(number), sample_every=0)
+        train(trainer, images, images, tmp_path / str(number), sample_every=0)
         assert not torch.equal(trainer.model.state_dict()["conv_in.weight"], uncut["model"]["conv_in.weight"])
 
 
@@ -234,7 +251,7 @@ def test_averaging_copies_buffers_and_keeps_float32() -> None:
 
 
 def test_averaging_turned_off_leaves_the_weights_themselves(images: Tensor, tmp_path: Path) -> None:
-    train(make_trainer(ema_decay=0.0, epochs=1), images, tmp_path, sample_every=0)
+    train(make_trainer(ema_decay=0.0, epochs=1), images, images, tmp_path, sample_every=0)
     saved = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")
     assert_same(dict(saved["ema"]), dict(saved["model"]))
 
@@ -259,9 +276,9 @@ def test_bf16_autocast_learns_as_fp32_does(stage: str) -> None:
 
 
 def test_log_has_a_row_per_epoch(images: Tensor, tmp_path: Path) -> None:
-    train(make_trainer(), images, tmp_path, sample_every=0)
+    train(make_trainer(), images, images, tmp_path, sample_every=0)
     rows = read_log(tmp_path)
-    assert list(rows[0]) == ["epoch", "step", "train_loss", "images_per_second", "seconds"]
+    assert list(rows[0]) == ["epoch", "step", "train_loss", "held_out_loss", "images_per_second", "seconds"]
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6"), ("3", "9")]
     for row in rows:
         assert 0.1 < float(row["train_loss"]) < 2
@@ -271,16 +288,51 @@ def test_log_has_a_row_per_epoch(images: Tensor, tmp_path: Path) -> None:
 def test_data_grid_shows_images_as_the_model_sees_them(tmp_path: Path) -> None:
     half = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
     half[..., :16] = 255  # white on the left
-    train(make_trainer(hflip=True, epochs=1, batch_size=64), half, tmp_path, sample_every=0)
+    train(make_trainer(hflip=True, epochs=1, batch_size=64), half, half, tmp_path, sample_every=0)
     grid = np.asarray(Image.open(tmp_path / "samples" / "data.png"))
     corners = {int(grid[2 + 34 * row, 2 + 34 * column, 0]) for row in range(8) for column in range(8)}
     assert corners == {0, 255}
 
 
+def test_held_out_loss_in_the_log_is_that_of_the_averaged_weights(images: Tensor, tmp_path: Path) -> None:
+    """Computed here anew, image by image, from what the checkpoint holds."""
+    train(make_trainer(), images, images[:7], tmp_path, sample_every=0)
+    saved = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")
+    model = importlib.import_module("part_a_cifar").Model()
+    model.load_state_dict(saved["ema"])
+    x0, t, noise = held_out_draws(images[:7], 0, NoiseSchedule())
+    assert t.tolist() == list(range(7))
+    with torch.no_grad():
+        losses = [diffusion_loss(model, NoiseSchedule(), x0[i : i + 1], t[i : i + 1], noise[i : i + 1]) for i in t]
+    assert float(read_log(tmp_path)[-1]["held_out_loss"]) == pytest.approx(torch.cat(losses).mean().item(), abs=2e-6)
+
+
+def test_losses_are_plotted_from_the_log(images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    train(make_trainer(), images, images, tmp_path, sample_every=0)
+    drawn = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+    assert drawn.shape == (600, 900, 3)
+    assert drawn.mean() > 200  # lines on white
+    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 100
+    (tmp_path / "log.csv").write_text((tmp_path / "log.csv").read_text().rsplit("\n", 2)[0] + "\n")
+    assert plot_losses(tmp_path)
+    assert (np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")) != drawn).any()
+
+
+def test_without_matplotlib_there_is_no_plot_and_one_line_that_says_so(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("common.training.PLOT_EVERY", 0)
+    train(make_trainer(), images, images, tmp_path, sample_every=0)
+    assert not (tmp_path / "loss.png").exists()
+    assert capsys.readouterr().err.count("no loss.png") == 1
+
+
 def test_a_loss_that_is_no_number_stops_the_run(images: Tensor, tmp_path: Path) -> None:
     for checkpoint_every in (None, 2):
         with pytest.raises(UserError, match=r"step .* --lr 1e"):
-            train(make_trainer(lr=1e30), images, tmp_path, sample_every=0, checkpoint_every=checkpoint_every)
+            train(make_trainer(lr=1e30), images, images, tmp_path, sample_every=0, checkpoint_every=checkpoint_every)
         assert not (tmp_path / "checkpoint.pt").exists()
 
 

@@ -1,11 +1,12 @@
-"""What each process runs in test_distributed.py: trains stage A on a few images and leaves its own weights behind."""
+"""What each process runs in test_distributed.py: trains stage A on a few images, measures, and leaves both behind."""
 
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from common import distributed
+from common import distributed, evaluation
 from common.training import Trainer, TrainingOptions, train
 from part_a_cifar import Model
 
@@ -17,8 +18,16 @@ def train_rank(folder: Path) -> None:
     options = TrainingOptions(epochs=3, batch_size=12, hflip=True)
     trainer = Trainer("part_a_cifar", {}, Model(), options)
     trainer.optimizer.param_groups[0]["eps"] = 1e-2  # or Adam makes much of rounding errors of gradients near zero
-    train(trainer, images, folder / "run", sample_every=0)
-    torch.save((trainer.model.state_dict(), trainer.progress.log), folder / f"rank{distributed.RANK}.pt")
+    held_out = torch.randint(256, (600, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    train(trainer, images, held_out, folder / "run", sample_every=0)
+
+    def model(xt: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * xt
+
+    losses = evaluation.held_out_losses(model, trainer.schedule, held_out)
+    bound = evaluation.variational_bound(model, trainer.schedule, held_out)
+    results = (trainer.model.state_dict(), trainer.progress.log, torch.stack([losses, *bound]))
+    torch.save(results, folder / f"rank{distributed.RANK}.pt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What lies in a run folder beside the checkpoint: the lock, log.csv and the curve drawn from it."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import atomic_write
+from common.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOG_COLUMNS = ("epoch", "step", "train_loss", "held_out_loss", "images_per_second", "seconds")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes from training in it for as long as this one lives.
+
+    The lock goes with the process, whatever ends it. Windows, and file systems without locks, go without.
+
+    Raises:
+        UsageError: another process is training there.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "wb") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"--run-dir {run_dir}: another process is training there; wait for its end, or name another folder"
+            ) from error
+        except OSError:  # there are no locks here
+            pass
+        yield
+
+
+def write_log(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes log.csv anew, so that no interruption leaves half a row, or one twice.
+
+    Args:
+        rows: one per completed epoch, with LOG_COLUMNS for keys.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(run_dir / "log.csv") as file:
+        file.write(text.getvalue().encode())
+
+
+def plot_losses(run_dir: Path) -> bool:
+    """Draws loss.png from log.csv: the training loss and the held-out one against the epoch.
+
+    Returns:
+        False if matplotlib, which draws it, is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, ScalarFormatter
+    except ImportError:
+        return False
+    with open(run_dir / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [int(row["epoch"]) for row in rows]
+    axes.plot(epochs, [float(row["train_loss"]) for row in rows], ".-", label="training images, as the weights change")
+    axes.plot(epochs, [float(row["held_out_loss"]) for row in rows], ".-", label="held-out images, averaged weights")
+    axes.set(xlabel="epoch", ylabel="mean squared error of the predicted noise", yscale="log", title=run_dir.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure)
+    with atomic_write(run_dir / "loss.png") as file:
+        figure.savefig(file, format="png")
+    return True

@@ -1,0 +1,329 @@
+"""Faults injected for real: death at any moment, a full disk, a folder that may not be written to or vanishes."""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint
+from common.errors import UserError
+from common.run_folder import locked
+from common.training import train
+from tests import tiny_run
+from tests.conftest import ROOT, run_stage
+from tests.test_training import assert_same, read_log
+
+A = "part_a_cifar"
+PATIENCE = 120  # seconds
+
+processes = multiprocessing.get_context("forkserver")  # imports PyTorch once, not once for every process
+processes.set_forkserver_preload(["tests.tiny_run", "matplotlib.backends.backend_agg"])
+
+
+def start(*arguments: Any) -> Any:
+    process = processes.Process(target=tiny_run.run, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("uncut")
+    process = start(folder)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    return folder
+
+
+def assert_same_run(folder: Path, uncut: Path) -> None:
+    """Weights, averaged weights, optimiser, position and log are equal, but for how long things took."""
+    one, other = (checkpoint.load(path / "checkpoint.pt", tiny_run.STAGE) for path in (folder, uncut))
+    assert_same(dict(one), dict(other))
+    rows, expected = read_log(folder), read_log(uncut)
+    assert [row["epoch"] for row in rows] == [str(n) for n in range(1, tiny_run.EPOCHS + 1)]
+    for row, expected_row in zip(rows, expected):
+        for column in ("epoch", "step", "train_loss", "held_out_loss"):
+            assert row[column] == expected_row[column]
+
+
+def go_on_to_the_end(folder: Path) -> None:
+    process = start(folder)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+
+
+def test_killed_at_random_moments_a_run_ends_as_the_uncut_one(tmp_path: Path, uncut: Path) -> None:
+    """At least twenty times, each time anew at random, a few steps after the run has gone on."""
+    moments = random.Random(0)
+    kills, steps = 0, set()
+    while kills < 25:
+        started, other = processes.Pipe(duplex=False)
+        process = start(tmp_path, other)
+        assert started.poll(PATIENCE)
+        time.sleep(moments.uniform(0, 0.08))
+        process.kill()
+        process.join(PATIENCE)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        if (tmp_path / "checkpoint.pt").exists():
+            steps.add(checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)["progress"]["step"])
+    assert kills >= 20
+    assert len(steps) >= 5  # it did get on between its deaths
+    go_on_to_the_end(tmp_path)
+    assert_same_run(tmp_path, uncut)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "log.csv"])
+@pytest.mark.parametrize("function", ["open", "write", "fsync", "replace", "replaced"])
+def test_killed_in_the_middle_of_a_write_a_run_ends_as_the_uncut_one(
+    tmp_path: Path, uncut: Path, function: str, name: str
+) -> None:
+    for call in (1, 7):
+        process = start(tmp_path, None, (function, name, call))
+        process.join(PATIENCE)
+        assert process.exitcode == -signal.SIGKILL
+        if call == 7 or function == "replaced":
+            before = tmp_path / "checkpoint.pt"
+            assert name == "log.csv" or checkpoint.load(before, tiny_run.STAGE)["progress"]["step"] >= 1
+    if function == "write":
+        half, whole = ((tmp_path / f"{dot}{name}{end}").stat().st_size for dot, end in ((".", ".tmp"), ("", "")))
+        assert 0.3 * whole < half < 0.8 * whole
+    go_on_to_the_end(tmp_path)
+    assert_same_run(tmp_path, uncut)
+
+
+def test_a_script_killed_and_resumed_ends_as_one_never_cut(tmp_path: Path, shapes_dir: Path) -> None:
+    def command(folder: str) -> list[str]:
+        options = "--dataset shapes --batch-size 8 --max-steps 40 --checkpoint-every 1 --resume --device cpu"
+        return [
+            sys.executable, f"{A}.py", "train", *options.split(), "--data-dir", str(shapes_dir),
+            "--run-dir", str(tmp_path / folder),
+        ]  # fmt: skip
+
+    for delay in (0.5, 1.5):
+        process = subprocess.Popen(command("cut"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert "parameters" in process.stdout.readline()  # training begins
+        time.sleep(delay)
+        process.kill()
+        assert process.wait(PATIENCE) == -signal.SIGKILL
+    for folder in ("cut", "uncut"):
+        subprocess.run(command(folder), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", A) for folder in ("cut", "uncut"))
+    assert cut["progress"]["step"] == 40
+    assert_same(dict(cut), dict(uncut))
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path):
+        for option in ("--resume", "--overwrite"):
+            assert run_stage(A, "train", option, "--run-dir", tmp_path) == 2
+            assert f"--run-dir {tmp_path}: another process is training there" in capsys.readouterr().err
+    with locked(tmp_path):  # the first has ended
+        pass
+
+
+# A write that fails
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: the system refuses the rest of a write, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of `size` bytes at `folder`, which takes the rights to mount one."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes Linux and the rights of root")
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def tiny_run_until(step: int, run_dir: Path) -> bytes:
+    """Trains up to that step, and returns the checkpoint's bytes."""
+    train(
+        tiny_run.make_trainer(), tiny_run.make_images(), tiny_run.make_images(), run_dir, max_steps=step, sample_every=0
+    )
+    return (run_dir / "checkpoint.pt").read_bytes()
+
+
+def go_on(run_dir: Path) -> None:
+    trainer = tiny_run.make_trainer()
+    trainer.restore(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE))
+    train(trainer, tiny_run.make_images(), tiny_run.make_images(), run_dir, sample_every=0)
+
+
+def test_a_full_disk_is_an_error_and_the_checkpoint_stays_whole(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, 2**21):
+        before = tiny_run_until(4, disk)
+        log = (disk / "log.csv").read_bytes()
+        with contextlib.suppress(OSError), open(disk / "filler", "wb") as file:
+            while file.write(b"x" * 1024):
+                file.flush()
+        with pytest.raises(UserError, match=os.strerror(errno.ENOSPC)) as error:
+            go_on(disk)
+        assert str(disk) in str(error.value)
+        assert (disk / "checkpoint.pt").read_bytes() == before
+        assert (disk / "log.csv").read_bytes() == log
+        assert not list(disk.rglob("*.tmp"))
+        (disk / "filler").unlink()
+        go_on(disk)
+        assert checkpoint.load(disk / "checkpoint.pt", tiny_run.STAGE)["progress"]["epoch"] == tiny_run.EPOCHS
+
+
+def test_a_script_on_a_full_disk_ends_in_one_line(
+    tmp_path: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 2)
+    assert run_stage(A, "train", *common, "--max-steps", 1) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    with file_size_limit(len(before) // 2):
+        assert run_stage(A, "train", *common, "--max-steps", 2, "--resume") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'checkpoint.pt'}: not written ({os.strerror(errno.EFBIG)})" in error
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """A folder that also a user without rights can reach."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_folder_that_may_not_be_written_to_is_an_error(run_dir: Path) -> None:
+    before = tiny_run_until(4, run_dir)
+    run_dir.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may write everywhere
+    try:
+        with pytest.raises(UserError, match=os.strerror(errno.EACCES)) as error:
+            go_on(run_dir)
+    finally:
+        os.seteuid(user)
+    assert str(run_dir) in str(error.value)
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run_stage(A, "train", "--run-dir", tmp_path / "file" / "run") == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file") in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("fate", ["moved", "removed"])
+def test_a_run_folder_that_vanishes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
+    run_dir = tmp_path / "run"
+    before = tiny_run_until(4, run_dir)
+    trainer = tiny_run.make_trainer()
+    trainer.restore(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE))
+    step = trainer.step
+
+    def step_then_vanish(images: Tensor) -> None:
+        step(images)
+        if trainer.progress.step == 5:
+            if fate == "moved":
+                run_dir.rename(tmp_path / "elsewhere")
+            else:
+                shutil.rmtree(run_dir)
+
+    monkeypatch.setattr(trainer, "step", step_then_vanish)
+    with pytest.raises(UserError, match=os.strerror(errno.ENOENT)) as error:
+        train(trainer, tiny_run.make_images(), tiny_run.make_images(), run_dir, sample_every=0)
+    assert str(run_dir) in str(error.value)
+    assert not run_dir.exists()
+    if fate == "moved":
+        assert (tmp_path / "elsewhere" / "checkpoint.pt").read_bytes() == before
+
+
+# Numbers that are none
+
+
+class Explode(torch.autograd.Function):
+    """Gives back what it gets, and a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * torch.inf
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+@pytest.mark.parametrize("checkpoint_every", [None, 1])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, checkpoint_every: int | None
+) -> None:
+    """Also at the last step of an epoch, whose loss is still finite."""
+    trainer = tiny_run.make_trainer(lr=3e-3)
+    forward = trainer.model.forward
+    monkeypatch.setattr(
+        trainer.model,
+        "forward",
+        lambda x, t: Explode.apply(forward(x, t)) if trainer.progress.step == step - 1 and x.requires_grad is False
+        and torch.is_grad_enabled() else forward(x, t),
+    )  # fmt: skip
+    images = tiny_run.make_images()
+    with pytest.raises(UserError, match=f"since step {step}, with --lr 0.003"):
+        train(trainer, images, images, tmp_path, sample_every=0, checkpoint_every=checkpoint_every)
+    saved = checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)
+    assert saved["progress"]["step"] == (step - 1 if checkpoint_every else 3)
+    for weight in (*saved["model"].values(), *saved["ema"].values()):
+        assert weight.isfinite().all()
+    assert [row["epoch"] for row in read_log(tmp_path)] == ["1"]
+
+
+def test_a_loss_that_is_not_finite_stops_a_long_epoch_soon(tmp_path: Path) -> None:
+    trainer = tiny_run.make_trainer(batch_size=2)
+    images = tiny_run.make_images().repeat(20, 1, 1, 1)
+    nn.init.constant_(next(trainer.model.parameters()), torch.nan)
+    with pytest.raises(UserError, match="since step 1,"):
+        train(trainer, images, images[:10], tmp_path, sample_every=0)
+    assert trainer.progress.step == 100
+    assert not (tmp_path / "checkpoint.pt").exists()
