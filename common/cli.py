@@ -84,7 +84,7 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
             raise
         status = 1
     who = f"rank {distributed.RANK}: " if distributed.WORLD_SIZE > 1 else ""
-    print(f"{stage.name}.py: {who}error: {message}", file=sys.stderr)
+    print(f"{stage.name}.py: {who}error: {' '.join(message.split())}", file=sys.stderr)
     distributed.exit_after_error(status)
 
 

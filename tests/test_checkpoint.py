@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common import checkpoint
 from common.checkpoint import Checkpoint, atomic_write
@@ -93,6 +95,49 @@ def test_damaged_files_are_refused(tmp_path: Path, contents: Checkpoint) -> None
             checkpoint.load(path, "part_a_cifar")
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_changed_bit_is_noticed(tmp_path: Path, contents: Checkpoint) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, contents)
+    whole = path.read_bytes()
+    weight = contents["ema"]["conv_in.weight"].numpy().tobytes()
+    changed = bytearray(whole)
+    changed[whole.index(weight) + 5] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match="checksums") as error:
+        checkpoint.load(path, "part_a_cifar")
+    assert str(path) in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def small_file(contents: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a few weights."""
+    path = tmp_path_factory.mktemp("small") / "checkpoint.pt"
+    few = {name: contents["model"][name] for name in ("conv_in.weight", "conv_in.bias")}
+    torch.save({**contents, "model": few, "ema": few, "optimizer": {}}, path)
+    return path
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_bytes_there_are_the_answer_is_a_checkpoint_or_one_line(
+    tmp_path: Path, small_file: Path, data: st.DataObject
+) -> None:
+    """Random bytes, and a checkpoint of which a random part is replaced by random bytes."""
+    whole = small_file.read_bytes()
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
+    middle = data.draw(st.binary(max_size=200))
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(whole[:start] + middle + whole[end:] if data.draw(st.booleans()) else middle)
+    refusal = ""
+    try:
+        loaded = checkpoint.load(path, "part_a_cifar")
+        assert loaded.keys() >= Checkpoint.__annotations__.keys()
+    except UserError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+    assert not refusal or refusal.startswith(str(path))
 
 
 class Attack:

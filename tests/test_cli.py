@@ -1,18 +1,23 @@
 """The command line: every documented command, what a run leaves behind, and one line for every mistake."""
 
+import contextlib
 import importlib
+import io
 import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from common import checkpoint
+from common import __version__, checkpoint, cli
 from tests.conftest import STAGES, run_stage
 
 A, B, C, D, E, F, G = STAGES
@@ -225,6 +230,18 @@ MISTAKES = [
     (A, "train --resume --overwrite", "--overwrite"),
     (A, "train --model-channels 32", "--model-channels"),
     (A, "train --hflip", "--hflip"),
+    (A, "train --epochs 10000000000", "--epochs"),
+    (A, "train --batch-size 50001", "--batch-size"),
+    (A, "train --batch-size 1e3", "--batch-size"),
+    (A, "train --lr -1", "--lr"),
+    (A, "train --lr 1e400", "--lr"),
+    (A, "train --lr fast", "--lr"),
+    (A, "train --ema-decay nan", "--ema-decay"),
+    (A, "train --checkpoint-every -5", "--checkpoint-every"),
+    (A, "train --max-steps nan", "--max-steps"),
+    (A, "train --fid 100", "--fid"),
+    (B, "train --model-channels 1056", "--model-channels"),
+    (B, "train --model-channels nan", "--model-channels"),
     (B, "train --model-channels 0", "--model-channels"),
     (B, "train --model-channels -32", "--model-channels"),
     (B, "train --model-channels 48", "--model-channels"),
@@ -235,7 +252,18 @@ MISTAKES = [
     (E, "train --channel-mult 2 0", "--channel-mult"),
     (E, "train --channel-mult 1 1 1 1 1 1 1", "--channel-mult"),
     (G, "train --attention-resolutions 7", "--attention-resolutions"),
+    (E, "train --num-res-blocks 1000000", "--num-res-blocks"),
+    (E, "train --channel-mult 2 x", "--channel-mult"),
+    (E, "train --channel-mult 17", "--channel-mult"),
+    (E, "test --channel-mult 1 1 1 1 1 1 1", "--channel-mult"),
+    (G, "train --attention-resolutions 64", "--attention-resolutions"),
+    (G, "train --attention-resolutions 0", "--attention-resolutions"),
     (A, "test --num-images 0", "--num-images"),
+    (A, "test --num-images 1000000", "--num-images"),
+    (A, "test --seed 1.5", "--seed"),
+    (A, "test --seed 99999999999999999999", "--seed"),
+    (A, "test --steps nan", "--steps"),
+    (A, "test --exact", "--exact"),
     (A, "test --steps 0", "--steps"),
     (A, "test --sampler ddim --steps 1001", "--steps"),
     (A, "test --sampler ddpm --steps 50", "--steps"),
@@ -244,6 +272,15 @@ MISTAKES = [
     (A, "test --batch-size 0", "--batch-size"),
     (A, "test --output grid.jpg", "--output"),
     (A, "test --output no/such/folder/grid.png", "--output"),
+    (A, "eval --num-images 1", "--num-images"),
+    (A, "eval --num-images 10001", "--num-images"),
+    (A, "eval --fid 1", "--fid"),
+    (A, "eval --fid all", "--fid"),
+    (A, "eval --sampler ddim --steps 1001", "--steps"),
+    (A, "eval --steps 50", "--steps"),
+    (A, "eval --weights best", "--weights"),
+    (A, "eval --device tpu", "--device"),
+    (A, "eval --dataset shapes", "--dataset"),
 ]
 
 
@@ -263,6 +300,89 @@ def test_a_mistake_ends_in_one_line_that_names_the_option(
     assert name in output.err
     assert output.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_whatever_an_option_is_given_it_is_taken_or_refused_in_one_line(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(STAGES))
+    command = data.draw(st.sampled_from(["train", "test", "eval"]))
+    parser = cli._make_parser(importlib.import_module(name).stage)[1][["train", "test", "eval"].index(command)]
+    options = [option for option in parser._option_string_actions if option.startswith("--") and option != "--help"]
+    option = data.draw(st.sampled_from(options))
+    value = data.draw(st.text() | st.integers().map(str) | st.floats().map(str))
+    error = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(error):
+            typed = cli._parse(importlib.import_module(name).stage, [command, f"{option}={value}"])[1]
+        assert typed - {"command"} == {option.removeprefix("--").replace("-", "_")}
+        status = 0
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    assert status in (0, 2)
+    assert error.getvalue().count("\n") == (status == 2)
+    assert status == 0 or option in error.getvalue()
+
+
+@pytest.mark.parametrize("command", ["test", "train --resume", "eval"])
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("ema", {"out.2.bias": None}, "out.2.bias"),
+        ("ema", {"out.2.bias": torch.zeros(4)}, "out.2.bias"),
+        ("ema", {"out.2.bias": torch.tensor([0, 0, torch.nan])}, "not finite"),
+        ("ema", {"out.2.bias": "zeros"}, "isfinite"),
+        ("ema", {"another": torch.zeros(3)}, "another"),
+        ("model_options", {"model_channels": 33}, "multiple of 32"),
+        ("model_options", {"model_channels": 10**12}, "multiple of 32"),
+        ("model_options", {"model_channels": None}, "model options"),
+        ("model_options", {"activation": "tanh"}, "tanh"),
+        ("model_options", {"color": "red"}, "color"),
+        ("model_options", {"channel_mult": 7 * [1]}, "6 levels"),
+        ("training_options", {"dataset": 3}, "dataset"),
+        ("training_options", {"lr": -1.0}, "lr"),
+        ("training_options", {"epochs": "many"}, "epochs"),
+        ("training_options", {"seed": None}, "seed"),
+        ("progress", {"step": -1}, "step"),
+        ("progress", {"epoch": torch.inf}, "epoch"),
+        ("progress", {"log": "none"}, "log"),
+        ("progress", {"speed": 1}, "speed"),
+    ],
+)
+def test_a_checkpoint_that_makes_no_sense_is_refused_in_one_line(
+    run_dir: Path,
+    tmp_path: Path,
+    command: str,
+    part: str,
+    change: dict[str, Any],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("common.cli.load_images", lambda *a, **o: torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    saved: dict[str, Any] = dict(checkpoint.load(run_dir / "checkpoint.pt", E))
+    changed = {**saved[part], **change}
+    saved[part] = {name: value for name, value in changed.items() if value is not None}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert run_stage(E, *command.split(), "--run-dir", tmp_path) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert reason in error
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_optimiser_state_of_another_shape_is_refused(
+    run_dir: Path, tmp_path: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = checkpoint.load(run_dir / "checkpoint.pt", E)
+    changes: list[dict[int, Any]] = [{0: {**saved["optimizer"][0], "exp_avg": torch.zeros(3)}}, {0: {}}, {}]
+    for change in changes:
+        torch.save({**saved, "optimizer": change}, tmp_path / "checkpoint.pt")
+        assert run_stage(E, "train", "--resume", "--data-dir", shapes_dir, "--run-dir", tmp_path) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert str(tmp_path / "checkpoint.pt") in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -294,7 +414,7 @@ def test_a_folder_that_cannot_be_made_is_named(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("command", ["train", "test"])
+@pytest.mark.parametrize("command", ["train", "test", "eval"])
 def test_help_lists_every_option_with_its_default(
     stage: str, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +428,11 @@ def test_help_lists_every_option_with_its_default(
     own |= {D: own[C], F: [*own[E], "--hflip"], G: [*own[E], "--hflip", "--attention-resolutions"]}
     for option in own[stage]:
         assert any(entry.startswith(f"  {option}") for entry in entries)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage(A, "--version") == 0
+    assert capsys.readouterr().out == f"{A}.py {__version__}, PyTorch {torch.__version__}\n"
 
 
 @pytest.mark.parametrize("stage", STAGES)
