@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
 
 from common.checkpoint import atomic_write
 from common.errors import UserError
@@ -45,6 +44,8 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
 
 
 def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarray:
+    from torchvision.datasets import CIFAR10  # here, for it takes a second, for which --help need not wait
+
     class Archive(CIFAR10):
         url = data_url or CIFAR10.url
 

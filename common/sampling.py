@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import distributed
@@ -145,6 +144,8 @@ def sample_images(
 
 def save_grid(images: Tensor, path: Path) -> None:
     """Writes uint8 images (N, 3, 32, 32) as one PNG, as square as it goes, two black pixels between them."""
+    from torchvision.utils import make_grid  # here, for it takes a second, for which --help need not wait
+
     grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2)  # (3, H, W)
     with atomic_write(path) as file:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")
