@@ -5,6 +5,7 @@ Part A's network, twice as wide. The width becomes an option, and the embedding 
     python part_b_cifar_more_channels.py train
     python part_b_cifar_more_channels.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32
     python part_b_cifar_more_channels.py test
+    python part_b_cifar_more_channels.py eval
 
 2,215,875 parameters; 120 images/s on 4 cores of an EPYC with AVX512-BF16, so 14 hours for 120 epochs.
 """

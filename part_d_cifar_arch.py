@@ -6,6 +6,7 @@ block sees what the encoder saw at its resolution. The blocks live in three list
     python part_d_cifar_arch.py train
     python part_d_cifar_arch.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu
     python part_d_cifar_arch.py test
+    python part_d_cifar_arch.py eval
 
 1,523,715 parameters; 136 images/s on 4 cores of an EPYC with AVX512-BF16, so 12 hours for 120 epochs.
 """

@@ -6,6 +6,7 @@ ResnetBlock of the levels named by --attention-resolutions, and one in the middl
     python part_g_cifar.py train
     python part_g_cifar.py train --batch-size 128 --lr 1e-3 --epochs 10
     python part_g_cifar.py test
+    python part_g_cifar.py eval
 
 2,193,219 parameters; 63 images/s on 4 cores of an EPYC with AVX512-BF16, so 26 hours for 120 epochs.
 """

@@ -35,6 +35,9 @@ class Checkpoint(TypedDict):
     optimizer: dict[int, Any]  # Adam's moments
 
 
+WEIGHTS_ONLY = ("format", "stage", "model_options", "training_options", "progress", "ema")  # what drawing takes
+
+
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the checkpoint; until it is whole and on the disk, the one before stays.
 
@@ -47,8 +50,19 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         file.write(contents.getbuffer())
 
 
-def load(path: Path, stage: str) -> Checkpoint:
+def save_weights(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes what drawing from the averaged weights takes, and no more, in half precision."""
+    half = {name: weight.half() if weight.is_floating_point() else weight for name, weight in checkpoint["ema"].items()}
+    part = {key: value for key, value in checkpoint.items() if key in WEIGHTS_ONLY}
+    with atomic_write(path) as file:
+        torch.save({**part, "ema": half}, file)
+
+
+def load(path: Path, stage: str, weights_only: bool = False) -> Checkpoint:
     """Reads a checkpoint of the given stage into main memory.
+
+    Args:
+        weights_only: be content with what `save_weights` leaves.
 
     Raises:
         UserError: there is none, it is damaged, or it belongs to another stage or to another version of the project.
@@ -68,11 +82,11 @@ def load(path: Path, stage: str) -> Checkpoint:
         raise UserError(f"{path}: written in format {contents['format']}, but this version reads format {FORMAT}")
     if contents["stage"] != stage:
         raise UserError(f"{path}: a checkpoint of {contents['stage']}.py, not of {stage}.py")
-    missing = Checkpoint.__annotations__.keys() - contents.keys()
+    missing = set(WEIGHTS_ONLY if weights_only else Checkpoint.__annotations__) - contents.keys()
     if missing:
         raise UserError(f"{path}: damaged: it lacks {', '.join(sorted(missing))}")
     with reading(path):
-        for name, weight in (*contents["model"].items(), *contents["ema"].items()):
+        for name, weight in (*contents.get("model", {}).items(), *contents["ema"].items()):
             if not weight.isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
     return contents  # type: ignore[return-value]

@@ -23,7 +23,7 @@ from common.device import compile_model, is_out_of_memory, keep_freed_memory, pi
 from common.errors import UsageError, UserError
 from common.loss import HELD_OUT_BLOCK
 from common.run_folder import locked
-from common.sampling import SAMPLERS, noise_predictor, sample_images, save_grid
+from common.sampling import FILM_FORMATS, SAMPLERS, Film, noise_predictor, sample_images, save_grid
 from common.schedule import NoiseSchedule
 from common.training import Progress, Trainer, TrainingOptions, train
 
@@ -31,6 +31,7 @@ OptionGroup = argparse._ArgumentGroup
 
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
 MOST_SAMPLES = 100_000
+FILM_FRAMES = 50
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Stage:
     @property
     def name(self) -> str:
         return Path(self.file).stem
+
+    @property
+    def weights(self) -> Path:
+        """Where the weights that come with the project are."""
+        return Path(self.file).resolve().parent / "assets" / "weights" / f"{self.name}.pt"
 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
@@ -101,13 +107,20 @@ def _train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
 def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: set[str], device: torch.device) -> int:
     path = options.run_dir / "checkpoint.pt"
     saved = distributed.on_first(lambda: _find_run(stage, options, path))
-    model_options = _model_options(stage, options, typed, path, saved)
+    pretrained = None
+    if options.pretrained and not saved:
+        pretrained = distributed.on_first(lambda: checkpoint.load(stage.weights, stage.name, weights_only=True))
+    source = stage.weights if pretrained else path
+    model_options = _model_options(stage, options, typed, source, pretrained or saved)
     training_options = _training_options(options, typed, path, saved)
     _check_batch_size(training_options.batch_size)
     bf16 = use_bf16(options.precision, device)
     compile = device.type == "cuda" if options.compile is None else options.compile
     torch.manual_seed(training_options.seed)
     model = _build_model(stage, model_options).to(device)
+    if pretrained:
+        with checkpoint.reading(source):
+            model.load_state_dict(pretrained["ema"])
     with distributed.first_of_machine_first():
         images, held_out = (
             load_images(training_options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
@@ -154,16 +167,26 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
 
 
 def _test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
-    output = options.output or _checkpoint_path(options).parent / "samples.png"
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"argument --output: the name must end in .png, got {output}")
-    if options.output and not output.parent.is_dir():
-        raise UsageError(f"argument --output: no such folder: {output.parent}")
+    for name, endings in (("output", [".png"]), ("film", list(FILM_FORMATS)), ("trajectory", [".png"])):
+        _check_output(f"--{name}", getattr(options, name), endings)
     steps = _sampling_steps(options)
     trained = _load_trained(stage, options, typed, min(options.batch_size, options.num_images))
-    images = _draw(trained, options, options.num_images, steps)
+    film, trajectory = Film(steps, FILM_FRAMES, 64), Film(steps, 10, 8)
+
+    def watch(step: int, xt: Tensor) -> None:
+        if options.film:
+            film(step, xt)
+        if options.trajectory:
+            trajectory(step, xt)
+
+    images = _draw(trained, options, options.num_images, steps, watch)
     if distributed.RANK == 0:
+        output = options.output or trained.folder / "samples.png"
         save_grid(images, output)
+        if options.film:
+            film.save_film(options.film)
+        if options.trajectory:
+            trajectory.save_trajectory(options.trajectory)
         print(
             f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
             f"after {trained.epochs} epochs, {trained.steps} steps of training"
@@ -226,7 +249,7 @@ def _eval(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
                 "seconds": time.perf_counter() - started,
             }
     if distributed.RANK == 0:
-        output = trained.path.parent / "eval.json"
+        output = trained.folder / "eval.json"
         with atomic_write(output) as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
         _print_report(report)
@@ -255,6 +278,7 @@ class _Trained(NamedTuple):
     """A model from a checkpoint, ready for use."""
 
     path: Path
+    folder: Path  # for what is made with it
     model: nn.Module
     device: torch.device
     bf16: bool
@@ -265,23 +289,31 @@ class _Trained(NamedTuple):
 
 def _load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], batch_size: int) -> _Trained:
     """The model that `test` and `eval` use; where it is to be compiled, for batches of that size."""
-    path = _checkpoint_path(options)
+    path = stage.weights if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
+    folder = options.run_dir if options.pretrained else path.parent
     device = pick_device(options.device)
     bf16 = use_bf16(options.precision, device)
-    saved = distributed.on_first(lambda: checkpoint.load(path, stage.name))
+    averaged = options.weights == "ema"
+    if options.pretrained and not averaged:
+        raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
+    saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, weights_only=averaged))
+    folder.mkdir(parents=True, exist_ok=True)
     model = _build_model(stage, _model_options(stage, options, typed, path, saved)).eval()
     with checkpoint.reading(path):
-        model.load_state_dict(saved["ema"] if options.weights == "ema" else saved["model"])
+        model.load_state_dict(saved["ema"] if averaged else saved["model"])
         progress = checkpoint.from_saved(Progress, saved["progress"])
         dataset = checkpoint.from_saved(TrainingOptions, saved["training_options"]).dataset
     model.to(device)
     if options.compile:
         model = compile_model(model, batch_size, bf16)
-    return _Trained(path, model, device, bf16, dataset, progress.epoch, progress.step)
+    return _Trained(path, folder, model, device, bf16, dataset, progress.epoch, progress.step)
 
 
-def _checkpoint_path(options: argparse.Namespace) -> Path:
-    return options.checkpoint or options.run_dir / "checkpoint.pt"
+def _check_output(option: str, path: Path | None, endings: list[str]) -> None:
+    if path and path.suffix.lower() not in endings:
+        raise UsageError(f"argument {option}: the name must end in {' or '.join(endings)}, got {path}")
+    if path and not path.parent.is_dir():
+        raise UsageError(f"argument {option}: no such folder: {path.parent}")
 
 
 def _sampling_steps(options: argparse.Namespace) -> int:
@@ -295,7 +327,13 @@ def _sampling_steps(options: argparse.Namespace) -> int:
     return steps
 
 
-def _draw(trained: _Trained, options: argparse.Namespace, num_images: int, steps: int) -> Tensor:
+def _draw(
+    trained: _Trained,
+    options: argparse.Namespace,
+    num_images: int,
+    steps: int,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
     """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together."""
     return sample_images(
         trained.model,
@@ -308,6 +346,7 @@ def _draw(trained: _Trained, options: argparse.Namespace, num_images: int, steps
         bf16=trained.bf16,
         progress=True,
         spread=True,
+        watch=watch,
     )
 
 
@@ -513,11 +552,24 @@ def _add_run_options(group: OptionGroup) -> None:
         help="go on with the run in the run folder, if there is one, with its options but for those given",
     )
     exclusive.add_argument("--overwrite", action="store_true", help="throw away the run in the run folder")
+    _add_pretrained_option(group, "begin a new run with the weights that come with the project, in assets/weights")
 
 
 def _add_test_options(group: OptionGroup) -> None:
     group.add_argument("--num-images", type=whole_number(1, MOST_SAMPLES), default=64, help="images in the grid")
     group.add_argument("--output", type=Path, help="PNG to write (default: samples.png beside the checkpoint)")
+    group.add_argument(
+        "--film",
+        type=Path,
+        metavar="PATH",
+        help="animated .webp or .gif to write: 64 of the images coming out of the noise (default: none)",
+    )
+    group.add_argument(
+        "--trajectory",
+        type=Path,
+        metavar="PATH",
+        help="PNG to write: 8 of the images at ten moments, from noise to picture (default: none)",
+    )
 
 
 def _add_eval_options(group: OptionGroup) -> None:
@@ -551,9 +603,15 @@ def _add_sampling_options(group: OptionGroup) -> None:
         "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as the last step left them"
     )
     group.add_argument("--batch-size", type=whole_number(1, MOST_SAMPLES), default=256, help="images to draw at a time")
-    group.add_argument(
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
         "--checkpoint", type=Path, help="file to take the model from (default: checkpoint.pt in the run folder)"
     )
+    _add_pretrained_option(source, "take the model from the weights that come with the project, in assets/weights")
+
+
+def _add_pretrained_option(group: Any, help: str) -> None:
+    group.add_argument("--pretrained", action="store_true", help=help)
 
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:

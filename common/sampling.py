@@ -18,6 +18,7 @@ from common.schedule import NoiseSchedule
 NoisePredictor = Callable[[Tensor, Tensor], Tensor]
 
 SAMPLERS = ("ddpm", "ddim")
+FILM_FORMATS = {".webp": "WEBP", ".gif": "GIF"}
 
 
 @torch.no_grad()
@@ -97,6 +98,7 @@ def sample_images(
     bf16: bool = False,
     progress: bool = False,
     spread: bool = False,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Draws images, `batch_size` at a time. Leaves the global random numbers and the model's mode alone.
 
@@ -107,6 +109,7 @@ def sample_images(
         bf16: run the model under bfloat16 autocast.
         progress: show a bar on stderr, where that is a terminal.
         spread: share the batches out among all processes, which must all call this.
+        watch: called with the number of steps made, from 0 on, and the state (B, 3, 32, 32) that the first batch is in.
 
     Returns:
         uint8 (num_images, 3, 32, 32) in main memory, the same whether spread or not.
@@ -132,8 +135,12 @@ def sample_images(
                 states = ddpm(predict_noise, schedule, xt, generator)
             else:
                 states = ddim(predict_noise, schedule, xt, steps)
-            for xt in states:
+            if watch and start == 0:
+                watch(0, xt)
+            for step, xt in enumerate(states, 1):
                 bar.update(len(xt))
+                if watch and start == 0:
+                    watch(step, xt)
             chunks[start] = to_uint8(xt).cpu()
     model.train(was_training)
     if spread:
@@ -142,10 +149,54 @@ def sample_images(
     return torch.cat([chunks[start] for start in sorted(chunks)])
 
 
+class Film:
+    """Keeps some of the states that an image goes through, to be handed to `sample_images` to watch.
+
+    Args:
+        steps: how many the sampler makes.
+        frames: how many states to keep, evenly spaced, the first noise and the finished image among them.
+        num_images: how many images of the batch to keep.
+    """
+
+    def __init__(self, steps: int, frames: int, num_images: int):
+        self.moments = {round(steps * i / (frames - 1)) for i in range(frames)}
+        self.num_images = num_images
+        self.frames: list[Tensor] = []  # uint8 (num_images, 3, 32, 32) each
+
+    def __call__(self, step: int, xt: Tensor) -> None:
+        if step in self.moments:
+            self.frames.append(to_uint8(xt[: self.num_images]).cpu())
+
+    def save_film(self, path: Path, seconds_per_frame: float = 0.08) -> None:
+        """Writes an animated WebP or GIF, by the file's extension: the frames as grids, the last one held for long."""
+        grids = [_grid(frame, math.ceil(math.sqrt(len(frame)))) for frame in self.frames]
+        durations = [round(1000 * seconds_per_frame)] * (len(grids) - 1) + [2500]
+        with atomic_write(path) as file:
+            grids[0].save(
+                file,
+                format=FILM_FORMATS[path.suffix.lower()],
+                save_all=True,
+                append_images=grids[1:],
+                duration=durations,
+                loop=0,
+                quality=60,  # of a WebP, of 100
+            )
+
+    def save_trajectory(self, path: Path) -> None:
+        """Writes a PNG with a row for each image, which turns from noise into itself from left to right."""
+        images = torch.stack(self.frames, dim=1).flatten(0, 1)  # (num_images * frames, 3, 32, 32)
+        with atomic_write(path) as file:
+            _grid(images, len(self.frames)).save(file, format="PNG")
+
+
 def save_grid(images: Tensor, path: Path) -> None:
     """Writes uint8 images (N, 3, 32, 32) as one PNG, as square as it goes, two black pixels between them."""
+    with atomic_write(path) as file:
+        _grid(images, math.ceil(math.sqrt(len(images)))).save(file, format="PNG")
+
+
+def _grid(images: Tensor, columns: int) -> Image.Image:
+    """uint8 images (N, 3, 32, 32) side by side, two black pixels between them."""
     from torchvision.utils import make_grid  # here, for it takes a second, for which --help need not wait
 
-    grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2)  # (3, H, W)
-    with atomic_write(path) as file:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")
+    return Image.fromarray(make_grid(images, nrow=columns, padding=2).permute(1, 2, 0).numpy())

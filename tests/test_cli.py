@@ -115,6 +115,85 @@ def test_ddpm_takes_a_thousand_steps_by_default(
     assert "1 images by ddpm in 1000 steps, ema weights" in capsys.readouterr().out
 
 
+def test_film_and_trajectory_show_the_pictures_come_out_of_the_noise(run_dir: Path, tmp_path: Path) -> None:
+    common = ("--run-dir", run_dir, "--num-images", 5, "--sampler", "ddim", "--steps", 20)
+    outputs = [tmp_path / name for name in ("grid.png", "film.webp", "film.gif", "trajectory.png")]
+    for film in outputs[1:3]:
+        options = ("--output", outputs[0], "--film", film, "--trajectory", outputs[3])
+        assert run_stage(E, "test", *common, *options) == 0
+    grid, webp, gif, trajectory = (Image.open(path) for path in outputs)
+    final = np.asarray(grid).astype(int)
+    for film_ in (webp, gif):
+        frames = film_.n_frames  # type: ignore[attr-defined]
+        assert 3 < frames <= 21  # those that do not differ are merged
+        assert film_.size == grid.size
+        film_.seek(frames - 1)
+        assert abs(np.asarray(film_.convert("RGB")).astype(int) - final).mean() < 20  # both compress with loss
+        film_.seek(0)
+        assert abs(np.asarray(film_.convert("RGB")).astype(int) - final).mean() > 20
+    assert trajectory.size == (2 + 10 * 34, 2 + 5 * 34)
+    strip = np.asarray(trajectory).astype(int)
+    for row in range(5):
+        drawn = final[2 + 34 * (row // 3) :, 2 + 34 * (row % 3) :][:32, :32]
+        assert (strip[2 + 34 * row :, 2 + 34 * 9 :][:32, :32] == drawn).all()
+    assert 60 < strip[2:34, 2:34].std() < 100  # the noise, clipped
+
+
+@pytest.fixture
+def pretrained(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stage E with the weights of `run_dir` for those that come with the project."""
+    path = tmp_path / "weights" / f"{E}.pt"
+    path.parent.mkdir()
+    checkpoint.save_weights(path, checkpoint.load(run_dir / "checkpoint.pt", E))
+    monkeypatch.setattr(cli.Stage, "weights", path)
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def test_pretrained_weights_draw_what_the_checkpoint_draws(run_dir: Path, pretrained: Path) -> None:
+    """Half precision on disk, full in use."""
+    assert pretrained.stat().st_size < (run_dir / "checkpoint.pt").stat().st_size / 7
+    options = ("--num-images", 2, "--sampler", "ddim", "--steps", 3)
+    assert run_stage(E, "test", "--run-dir", run_dir, *options, "--output", "full.png") == 0
+    assert run_stage(E, "test", "--pretrained", *options) == 0
+    full, half = (np.asarray(Image.open(path)).astype(int) for path in ("full.png", f"runs/{E}/samples.png"))
+    assert abs(full - half).mean() < 1
+    assert [path.name for path in pretrained.parent.iterdir()] == [pretrained.name]
+
+
+def test_a_run_can_begin_with_pretrained_weights(run_dir: Path, pretrained: Path, shapes_dir: Path) -> None:
+    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--batch-size", 2, "--max-steps", 1, "--lr", "1e-9")
+    assert run_stage(E, "train", "--pretrained", *common) == 0
+    begun, source = (
+        checkpoint.load(Path("runs") / E / "checkpoint.pt", E),
+        checkpoint.load(run_dir / "checkpoint.pt", E),
+    )
+    assert begun["model_options"] == source["model_options"]
+    assert begun["progress"]["step"] == 1
+    for name, weight in begun["model"].items():
+        torch.testing.assert_close(weight, source["ema"][name], rtol=1e-3, atol=1e-6)
+        assert weight.dtype == torch.float32
+    assert run_stage(E, "train", "--pretrained", *common) == 2  # it is not begun anew unasked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("--weights raw", "--weights"),
+        ("--model-channels 64", "--model-channels"),
+        ("--checkpoint x.pt", "--checkpoint"),
+    ],
+)
+@pytest.mark.usefixtures("pretrained")
+def test_what_contradicts_pretrained_weights_is_refused(
+    arguments: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(E, "test", "--pretrained", *arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert error.count("\n") == 1
+
+
 def test_a_resumed_run_keeps_its_options_but_for_those_given(run_dir: Path, tmp_path: Path, shapes_dir: Path) -> None:
     folder = tmp_path / "copy"
     folder.mkdir()
@@ -272,6 +351,9 @@ MISTAKES = [
     (A, "test --batch-size 0", "--batch-size"),
     (A, "test --output grid.jpg", "--output"),
     (A, "test --output no/such/folder/grid.png", "--output"),
+    (A, "test --film film.mp4", "--film"),
+    (A, "test --film no/such/folder/film.gif", "--film"),
+    (A, "test --trajectory strip.jpg", "--trajectory"),
     (A, "eval --num-images 1", "--num-images"),
     (A, "eval --num-images 10001", "--num-images"),
     (A, "eval --fid 1", "--fid"),
@@ -439,7 +521,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_each_script_tells_its_commands_and_its_size(stage: str) -> None:
     module = importlib.import_module(stage)
     assert module.__doc__ is not None
-    for command in ("train", "test"):
+    for command in ("train", "test", "eval"):
         assert f"python {stage}.py {command}" in module.__doc__
     assert f"{sum(p.numel() for p in module.Model().parameters()):,} parameters" in module.__doc__
     assert sys.modules[stage].stage.name == stage
