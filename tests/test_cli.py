@@ -115,28 +115,16 @@ def test_ddpm_takes_a_thousand_steps_by_default(
     assert "1 images by ddpm in 1000 steps, ema weights" in capsys.readouterr().out
 
 
-def test_film_and_trajectory_show_the_pictures_come_out_of_the_noise(run_dir: Path, tmp_path: Path) -> None:
-    common = ("--run-dir", run_dir, "--num-images", 5, "--sampler", "ddim", "--steps", 20)
-    outputs = [tmp_path / name for name in ("grid.png", "film.webp", "film.gif", "trajectory.png")]
-    for film in outputs[1:3]:
-        options = ("--output", outputs[0], "--film", film, "--trajectory", outputs[3])
-        assert run_stage(E, "test", *common, *options) == 0
-    grid, webp, gif, trajectory = (Image.open(path) for path in outputs)
-    final = np.asarray(grid).astype(int)
-    for film_ in (webp, gif):
-        frames = film_.n_frames  # type: ignore[attr-defined]
-        assert 3 < frames <= 21  # those that do not differ are merged
-        assert film_.size == grid.size
-        film_.seek(frames - 1)
-        assert abs(np.asarray(film_.convert("RGB")).astype(int) - final).mean() < 20  # both compress with loss
-        film_.seek(0)
-        assert abs(np.asarray(film_.convert("RGB")).astype(int) - final).mean() > 20
-    assert trajectory.size == (2 + 10 * 34, 2 + 5 * 34)
-    strip = np.asarray(trajectory).astype(int)
+def test_film_and_trajectory_are_of_the_pictures_in_the_grid(run_dir: Path, tmp_path: Path) -> None:
+    grid, film, trajectory = (tmp_path / name for name in ("grid.png", "film.webp", "trajectory.png"))
+    options = ("--run-dir", run_dir, "--num-images", 5, "--sampler", "ddim", "--steps", 20)
+    assert run_stage(E, "test", *options, "--output", grid, "--film", film, "--trajectory", trajectory) == 0
+    assert Image.open(film).size == Image.open(grid).size
+    final, strip = (np.asarray(Image.open(path)) for path in (grid, trajectory))
+    assert strip.shape == (2 + 5 * 34, 2 + 10 * 34, 3)
     for row in range(5):
         drawn = final[2 + 34 * (row // 3) :, 2 + 34 * (row % 3) :][:32, :32]
         assert (strip[2 + 34 * row :, 2 + 34 * 9 :][:32, :32] == drawn).all()
-    assert 60 < strip[2:34, 2:34].std() < 100  # the noise, clipped
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from common.sampling import NoisePredictor, ddim, ddim_times, ddpm, sample_images, save_grid
+from common.sampling import Film, NoisePredictor, ddim, ddim_times, ddpm, sample_images, save_grid
 from common.schedule import NoiseSchedule
 
 
@@ -205,8 +205,8 @@ def test_sampling_leaves_the_global_random_numbers_alone(schedule: NoiseSchedule
 
 def test_grid_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
     images = torch.randint(1, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    save_grid(images, tmp_path / "new" / "grid.png")
-    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    save_grid(images, tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (274, 274, 3)
     rest = grid.copy()
     for i, image in enumerate(images):
@@ -214,6 +214,46 @@ def test_grid_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
         np.testing.assert_array_equal(grid[top : top + 32, left : left + 32], image.permute(1, 2, 0).numpy())
         rest[top : top + 32, left : left + 32] = 0
     assert not rest.any()  # black between the images
+
+
+def test_a_film_goes_from_the_noise_to_the_image_over_evenly_spaced_moments() -> None:
+    film = Film(steps=1000, frames=5, num_images=2)
+    seen: list[int] = []
+
+    class Note(nn.Module):
+        def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+            seen.append(int(t[0]))
+            return xt
+
+    images = sample_images(Note(), NoiseSchedule(), 5, sampler="ddpm", batch_size=3, watch=film)
+    assert len(seen) == 2000  # two batches; the film cost no step
+    assert film.moments == {0, 250, 500, 750, 1000}
+    assert [frame.shape for frame in film.frames] == 5 * [(2, 3, 32, 32)]
+    assert torch.equal(film.frames[-1], images[:2])
+    assert film.frames[0].float().std() > 70  # noise, clipped to [-1, 1]
+
+
+@pytest.mark.parametrize("ending", ["webp", "gif"])
+def test_a_film_and_a_trajectory_are_written_as_they_are(tmp_path: Path, ending: str) -> None:
+    """Six images that change from black to a ramp of grey, in four frames."""
+    film = Film(steps=3, frames=4, num_images=6)
+    ramp = torch.linspace(-1, 1, 32).expand(6, 3, 32, 32)
+    for step in range(4):
+        film(step, (ramp + 1) * step / 3 - 1)
+    film.save_film(tmp_path / f"film.{ending}")
+    with Image.open(tmp_path / f"film.{ending}") as image:
+        assert image.n_frames == 4
+        assert image.info["loop"] == 0
+        for step in range(4):
+            image.seek(step)
+            shown = np.asarray(image.convert("RGB")).astype(int)
+            assert shown.shape == (70, 104, 3)
+            expected = np.linspace(0, 255 * step / 3, 32)
+            assert abs(shown[2:34, 2:34, 0] - expected).max() < 25  # compressed with loss
+    film.save_trajectory(tmp_path / "strip.png")
+    strip = np.asarray(Image.open(tmp_path / "strip.png"))
+    assert strip.shape == (2 + 6 * 34, 2 + 4 * 34, 3)
+    assert [strip[10, 33 + 34 * column, 0] for column in range(4)] == [0, 85, 170, 255]
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (5, 3, 2), (10, 4, 3), (65, 9, 8)])
