@@ -1,0 +1,153 @@
+"""Makes what lies in assets/ from the runs: weights, and the pictures that README.md shows.
+
+    python benchmarks/make_assets.py --runs-dir runs
+
+A stage without a run, or whose run has not drawn `samples.png` yet (`python part_x.py test`), keeps what is there, and
+is left out of the pictures that compare stages. The film is drawn by
+`python part_g_cifar.py test --num-images 16 --film assets/denoising.webp`.
+"""
+
+import argparse
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.throughput import STAGES
+from common import checkpoint
+from common.data import random_generator, to_float, to_uint8
+from common.errors import UserError
+from common.schedule import NoiseSchedule
+from common.shapes import draw_shapes
+
+GRIDS = {
+    "F": "part-f-cifar-aug-output.png",
+    "G": "part-g-cifar-attn-output.png",
+}
+IDEAS = ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")
+ROW = (0, 0, 274, 36)  # the first eight pictures of a grid of 8 x 8
+TIMES = (0, 50, 100, 200, 300, 450, 600, 999)
+
+
+def grid_name(letter: str) -> str:
+    return GRIDS.get(letter, f"{STAGES[letter].replace('_', '-')}-output.png")
+
+
+def read_log(run_dir: Path) -> list[dict[str, float]]:
+    with open(run_dir / "log.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def picture_rows(rows: list[tuple[str, Path]], path: Path) -> None:
+    """One row of eight pictures, the first of a grid, for each (label, grid)."""
+    figure = Figure(figsize=(8, 0.82 * len(rows)), dpi=120, layout="constrained")
+    for axes, (label, grid) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows):
+        with Image.open(grid) as image:
+            axes.imshow(image.crop(ROW).resize((3 * ROW[2], 3 * ROW[3]), Image.Resampling.NEAREST))
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+    print(path)
+
+
+def weights_and_grid(letter: str, run_dir: Path, assets: Path) -> None:
+    saved = checkpoint.load(run_dir / "checkpoint.pt", STAGES[letter])
+    path = assets / "weights" / f"{STAGES[letter]}.pt"
+    checkpoint.save_weights(path, saved)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, after {saved['progress']['epoch']} epochs")
+    shutil.copy(run_dir / "samples.png", assets / grid_name(letter))
+    shutil.copy(run_dir / "log.csv", assets / "logs" / f"{STAGES[letter]}.csv")
+
+
+def ladder(letters: list[str], assets: Path) -> None:
+    """A row of pictures for each stage, from the same eight noises."""
+    rows = [(f"{letter}  {IDEAS[list(STAGES).index(letter)]}", assets / grid_name(letter)) for letter in letters]
+    picture_rows(rows, assets / "ladder.png")
+
+
+def losses(letters: list[str], assets: Path) -> None:
+    """Held-out loss against the epoch."""
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for letter in letters:
+        with open(assets / "logs" / f"{STAGES[letter]}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        label = f"{letter}  {IDEAS[list(STAGES).index(letter)]}"
+        axes.plot([int(r["epoch"]) for r in rows], [float(r["held_out_loss"]) for r in rows], ".-", label=label)
+    axes.set(xlabel="epoch", ylabel="held-out loss of the averaged weights", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(ScalarFormatter())
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    save(figure, assets / "losses.png")
+
+
+def progress(letter: str, run_dir: Path, assets: Path) -> None:
+    """What one stage draws from the same noise, epoch after epoch, with its losses."""
+    rows = []
+    for row in read_log(run_dir):
+        grid = run_dir / "samples" / f"epoch-{int(row['epoch']):04d}.png"
+        if grid.exists():
+            rows.append((f"{int(row['epoch'])} epochs\nloss {row['held_out_loss']:.4f}", grid))
+    if len(rows) > 1:
+        picture_rows(rows, assets / "progress.png")
+
+
+def forward_noising(assets: Path) -> None:
+    """What the forward process makes of three drawn shapes; the columns are the time steps of TIMES."""
+    x0 = to_float(torch.from_numpy(draw_shapes(3)))
+    noise = torch.randn(x0.shape, generator=random_generator("cpu", 0, "forward noising", 0))
+    schedule = NoiseSchedule()
+    columns = [to_uint8(schedule.add_noise(x0, torch.full((3,), t), noise)) for t in TIMES]
+    images = torch.stack(columns, dim=1).flatten(0, 1)  # (3 * times, 3, 32, 32), row by row
+    figure = Figure(figsize=(8, 3.3), dpi=120, layout="constrained")
+    for number, (axes, image) in enumerate(zip(figure.subplots(3, len(TIMES)).flat, images)):
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        axes.set(xticks=[], yticks=[])
+        if number < len(TIMES):
+            axes.set_title(f"t = {TIMES[number]}", fontsize=9)
+    save(figure, assets / "forward-noising.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of the stages' run folders")
+    parser.add_argument("--assets-dir", type=Path, default=Path("assets"), help="folder to write to")
+    parser.add_argument("--progress-of", choices=STAGES, default="G", help="stage whose epochs progress.png shows")
+    options = parser.parse_args()
+    assets = options.assets_dir
+    for folder in (assets / "weights", assets / "logs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for letter, name in STAGES.items():
+            if (options.runs_dir / name / "samples.png").exists():
+                weights_and_grid(letter, options.runs_dir / name, assets)
+        if (options.runs_dir / STAGES[options.progress_of] / "log.csv").exists():
+            progress(options.progress_of, options.runs_dir / STAGES[options.progress_of], assets)
+    except UserError as error:
+        sys.exit(f"make_assets.py: error: {error}")
+    letters = [letter for letter in STAGES if (assets / grid_name(letter)).exists()]
+    if letters:
+        ladder(letters, assets)
+        losses(letters, assets)
+    forward_noising(assets)
+
+
+if __name__ == "__main__":
+    main()
