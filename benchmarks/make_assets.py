@@ -104,7 +104,7 @@ def progress(letter: str, run_dir: Path, assets: Path) -> None:
     for row in read_log(run_dir):
         grid = run_dir / "samples" / f"epoch-{int(row['epoch']):04d}.png"
         if grid.exists():
-            rows.append((f"{int(row['epoch'])} epochs\nloss {row['held_out_loss']:.4f}", grid))
+            rows.append((f"epoch {int(row['epoch'])}\nloss {row['held_out_loss']:.4f}", grid))
     if len(rows) > 1:
         picture_rows(rows, assets / "progress.png")
 
