@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks import Downsample, PositionalEncoding, ResnetBlock, Upsample, zero_init
-from common.cli import OptionGroup, Stage, main
+from common.cli import main
+from common.options import OptionGroup, Stage
 
 
 class Model(nn.Module):

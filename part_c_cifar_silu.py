@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks import ACTIVATIONS, ActivationFn, Downsample, PositionalEncoding, ResnetBlock, Upsample, zero_init
-from common.cli import OptionGroup, Stage, main, multiple_of_32
+from common.cli import main
+from common.options import OptionGroup, Stage, multiple_of_32
 
 
 class Model(nn.Module):

@@ -30,7 +30,8 @@ from common.blocks import (
     Upsample,
     zero_init,
 )
-from common.cli import OptionGroup, Stage, main, multiple_of_32, whole_number
+from common.cli import main
+from common.options import OptionGroup, Stage, multiple_of_32, whole_number
 
 
 class Model(nn.Module):

@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli import whole_number
 from common.data import IMAGE_SHAPE, load_images, shuffled_batches
 from common.device import keep_freed_memory, pick_device, use_bf16
 from common.errors import UserError
+from common.options import whole_number
 from common.sampling import ddpm, noise_predictor
 from common.schedule import NoiseSchedule
 from common.training import Trainer, TrainingOptions

@@ -1,14 +1,13 @@
-"""The commands and options that all stages share."""
+"""The commands that all stages share: train, test and eval."""
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,59 +17,28 @@ from torch import Tensor, nn
 
 from common import __version__, checkpoint, distributed, evaluation
 from common.checkpoint import Checkpoint, atomic_write
-from common.data import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES, load_images
+from common.data import load_images
 from common.device import compile_model, is_out_of_memory, keep_freed_memory, pick_device, use_bf16
 from common.errors import UsageError, UserError
 from common.loss import HELD_OUT_BLOCK
+from common.options import Stage, check_saved_model_options, model_defaults, parse
 from common.run_folder import locked
-from common.sampling import FILM_FORMATS, SAMPLERS, Film, noise_predictor, sample_images, save_grid
+from common.sampling import FILM_FORMATS, Film, noise_predictor, sample_images, save_grid
 from common.schedule import NoiseSchedule
 from common.training import Progress, Trainer, TrainingOptions, train
 
-OptionGroup = argparse._ArgumentGroup
-
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
-MOST_SAMPLES = 100_000
 FILM_FRAMES = 50
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a script of the chapter hands over.
-
-    Args:
-        file: the script; its name without .py is the stage's name.
-        description: its docstring, for --help.
-        add_options: adds the stage's own options, those of the model to the first group, those of the training to the
-            second. A checkpoint carries their values.
-        build_model: makes the model from the values of the model options. A ValueError becomes a usage error.
-        epochs: default of --epochs.
-    """
-
-    file: str
-    description: str | None
-    add_options: Callable[[OptionGroup, OptionGroup], None]
-    build_model: Callable[[argparse.Namespace], nn.Module]
-    epochs: int = TrainingOptions.epochs
-
-    @property
-    def name(self) -> str:
-        return Path(self.file).stem
-
-    @property
-    def weights(self) -> Path:
-        """Where the weights that come with the project are."""
-        return Path(self.file).resolve().parent / "assets" / "weights" / f"{self.name}.pt"
 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
-    options, typed = _parse(stage, argv)
+    options, typed = parse(stage, argv)
     command = {"train": _train, "test": _test, "eval": _eval}[options.command]
     try:
         keep_freed_memory()
         with torch.device("meta"):  # whose tensors take no memory: wrong model options are told before any work
-            _build_model(stage, {name: getattr(options, name) for name in _model_defaults(stage)})
+            _build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})
         distributed.start()
         status = command(stage, options, typed)
         distributed.stop()
@@ -372,11 +340,11 @@ def _model_options(
     stage: Stage, options: argparse.Namespace, typed: set[str], path: Path, saved: Checkpoint | None
 ) -> dict[str, Any]:
     """The stage's model options: those of the checkpoint, if there is one."""
-    asked = {name: getattr(options, name) for name in _model_defaults(stage)}
+    asked = {name: getattr(options, name) for name in model_defaults(stage)}
     if saved is None:
         return asked
     with checkpoint.reading(path):
-        _check_saved_model_options(stage, saved["model_options"])
+        check_saved_model_options(stage, saved["model_options"])
     _refuse_contradictions({name: asked[name] for name in typed & asked.keys()}, saved["model_options"], path)
     return saved["model_options"]
 
@@ -416,260 +384,3 @@ def _remove_run(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
     if (run_dir / "samples").exists():
         shutil.rmtree(run_dir / "samples")
-
-
-# The command line
-
-
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-class _StrictParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are exceptions."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, and adds its default to each option whose help does not tell it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.help and "default:" in action.help else super()._get_help_string(action)
-
-
-def _parse(stage: Stage, argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """The options' values, and the names of the options that the command line gives."""
-    parser, commands = _make_parser(stage)
-    options = parser.parse_args(argv)
-    for command in commands:  # what is not None without defaults was typed
-        command.set_defaults(**dict.fromkeys(vars(options)))
-    typed = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return options, typed
-
-
-def _model_parser(stage: Stage) -> _StrictParser:
-    """Of the stage's model options alone."""
-    model, training = _StrictParser(add_help=False, allow_abbrev=False), _StrictParser(add_help=False)
-    stage.add_options(model.add_argument_group(), training.add_argument_group())
-    return model
-
-
-def _model_defaults(stage: Stage) -> dict[str, Any]:
-    return vars(_model_parser(stage).parse_args([]))
-
-
-def _check_saved_model_options(stage: Stage, saved: dict[str, Any]) -> None:
-    """Makes sure that the options could have come from the command line, of which a checkpoint might know nothing.
-
-    Raises:
-        TypeError, ValueError, AttributeError: they could not.
-    """
-    words = []
-    for name, value in saved.items():
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    if vars(_model_parser(stage).parse_args(words)) != saved:
-        raise ValueError(f"its model options are {saved}")
-
-
-def _make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
-    parser = _Parser(prog=f"{stage.name}.py", description=stage.description, formatter_class=_HelpFormatter)
-    versions = f"%(prog)s {__version__}, PyTorch {torch.__version__}"
-    parser.add_argument("--version", action="version", version=versions)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,test,eval}")
-    train, test, evaluate = (
-        commands.add_parser(name, help=text, formatter_class=_HelpFormatter)
-        for name, text in (
-            ("train", "train the model"),
-            ("test", "draw pictures from the trained model"),
-            ("eval", "measure the trained model on held-out images"),
-        )
-    )
-    for command in (train, test, evaluate):
-        model = command.add_argument_group("model")
-        training = command.add_argument_group("training")
-        stage.add_options(model, training)
-        if command is train:
-            _add_training_options(training, stage)
-            _add_data_options(command.add_argument_group("data"), choose=True)
-            _add_run_options(command.add_argument_group("run"))
-        else:
-            if command is test:
-                _add_test_options(command.add_argument_group("pictures"))
-            else:
-                _add_data_options(command.add_argument_group("data"))
-                _add_eval_options(command.add_argument_group("measures"))
-            _add_sampling_options(command.add_argument_group("sampling"))
-        _add_common_options(command.add_argument_group("common"), stage)
-    return parser, [train, test, evaluate]
-
-
-def _add_training_options(group: OptionGroup, stage: Stage) -> None:
-    new = TrainingOptions
-    group.add_argument("--epochs", type=whole_number(1), default=stage.epochs, help="passes over the training images")
-    group.add_argument(
-        "--batch-size",
-        type=whole_number(1, TRAINING_IMAGES),
-        default=new.batch_size,
-        help="images per optimiser step, of all processes together",
-    )
-    group.add_argument("--lr", type=positive_float, default=new.lr, help="Adam's learning rate")
-    group.add_argument(
-        "--ema-decay", type=_decay, default=new.ema_decay, help="of the averaged weights, ramped up to; 0: no averaging"
-    )
-    group.add_argument("--seed", type=seed, default=new.seed, help="of weights, order, time steps, noise and flips")
-
-
-def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
-    if choose:
-        group.add_argument(
-            "--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded on first use, shapes is drawn"
-        )
-    group.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps the data set")
-    group.add_argument(
-        "--data-url", type=_url, help="another address of cifar-10-python.tar.gz (default: the official one)"
-    )
-
-
-def _add_run_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--max-steps", type=whole_number(1), help="optimiser steps to stop after, in all (default: no limit)"
-    )
-    group.add_argument(
-        "--sample-every", type=whole_number(0), default=10, help="epochs between two sample grids; 0: none"
-    )
-    group.add_argument(
-        "--checkpoint-every", type=whole_number(1), help="steps between two checkpoints (default: one epoch)"
-    )
-    exclusive = group.add_mutually_exclusive_group()
-    exclusive.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in the run folder, if there is one, with its options but for those given",
-    )
-    exclusive.add_argument("--overwrite", action="store_true", help="throw away the run in the run folder")
-    _add_pretrained_option(group, "begin a new run with the weights that come with the project, in assets/weights")
-
-
-def _add_test_options(group: OptionGroup) -> None:
-    group.add_argument("--num-images", type=whole_number(1, MOST_SAMPLES), default=64, help="images in the grid")
-    group.add_argument("--output", type=Path, help="PNG to write (default: samples.png beside the checkpoint)")
-    group.add_argument(
-        "--film",
-        type=Path,
-        metavar="PATH",
-        help="animated .webp or .gif to write: 64 of the images coming out of the noise (default: none)",
-    )
-    group.add_argument(
-        "--trajectory",
-        type=Path,
-        metavar="PATH",
-        help="PNG to write: 8 of the images at ten moments, from noise to picture (default: none)",
-    )
-
-
-def _add_eval_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--num-images",
-        type=whole_number(2, HELD_OUT_IMAGES),
-        default=1000,
-        help="held-out images whose bits per dimension are measured; the loss is measured on all 10,000",
-    )
-    group.add_argument(
-        "--exact",
-        action="store_true",
-        help="sum up all 1000 terms of the bound for each image, instead of estimating the sum from 11",
-    )
-    group.add_argument(
-        "--fid",
-        type=whole_number(2, MOST_SAMPLES),
-        metavar="N",
-        help='Frechet inception distance of N samples from the training images; takes "torchmetrics[image]" '
-        "(default: not measured)",
-    )
-
-
-def _add_sampling_options(group: OptionGroup) -> None:
-    group.add_argument("--seed", type=seed, default=0, help="of the noise")
-    group.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm takes every step, ddim a few")
-    group.add_argument(
-        "--steps", type=whole_number(1), help="time steps to visit (default: 1000 for ddpm, 50 for ddim)"
-    )
-    group.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as the last step left them"
-    )
-    group.add_argument("--batch-size", type=whole_number(1, MOST_SAMPLES), default=256, help="images to draw at a time")
-    source = group.add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint", type=Path, help="file to take the model from (default: checkpoint.pt in the run folder)"
-    )
-    _add_pretrained_option(source, "take the model from the weights that come with the project, in assets/weights")
-
-
-def _add_pretrained_option(group: Any, help: str) -> None:
-    group.add_argument("--pretrained", action="store_true", help=help)
-
-
-def _add_common_options(group: OptionGroup, stage: Stage) -> None:
-    group.add_argument("--run-dir", type=Path, default=Path("runs") / stage.name, help="folder of the run")
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the first of cuda, mps, cpu"
-    )
-    group.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto: bf16 autocast where the processor multiplies in bfloat16",
-    )
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the model, which needs a C++ compiler (default: when training on cuda)",
-    )
-
-
-# Types of options: they turn a word of the command line into a value or say what is wrong with it
-
-
-def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
-    """A type of option: a whole number within these bounds."""
-    return lambda word: _number(word, int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
-
-
-def positive_float(word: str) -> float:
-    """A finite number above 0."""
-    return _number(word, float, lambda value: 0 < value < math.inf, "a positive number")
-
-
-def multiple_of_32(word: str) -> int:
-    """A number of channels that GroupNorm can split into 32 groups."""
-    return _number(word, int, lambda value: value in range(32, 1025, 32), "a multiple of 32, from 32 to 1024")
-
-
-def seed(word: str) -> int:
-    """A seed of random numbers."""
-    return _number(word, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
-
-
-def _decay(word: str) -> float:
-    return _number(word, float, lambda value: 0 <= value < 1, "a number from 0 up to, but not including, 1")
-
-
-def _url(word: str) -> str:
-    if not word.startswith(("http://", "https://")):
-        raise argparse.ArgumentTypeError(f"must start with http:// or https://, got {word!r}")
-    return word
-
-
-def _number(word: str, kind: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Any:
-    try:
-        value = kind(word)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"must be {description}, got {word!r}")
-    return value

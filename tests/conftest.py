@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.cli import Stage, main
+from common.cli import main
+from common.options import Stage
 
 ROOT = Path(__file__).parent.parent
 

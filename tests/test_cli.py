@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from common import __version__, checkpoint, cli
+from common import __version__, checkpoint
+from common.options import Stage, make_parser, parse
 from tests.conftest import STAGES, run_stage
 
 A, B, C, D, E, F, G = STAGES
@@ -133,7 +134,7 @@ def pretrained(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path = tmp_path / "weights" / f"{E}.pt"
     path.parent.mkdir()
     checkpoint.save_weights(path, checkpoint.load(run_dir / "checkpoint.pt", E))
-    monkeypatch.setattr(cli.Stage, "weights", path)
+    monkeypatch.setattr(Stage, "weights", path)
     monkeypatch.chdir(tmp_path)
     return path
 
@@ -377,14 +378,14 @@ def test_a_mistake_ends_in_one_line_that_names_the_option(
 def test_whatever_an_option_is_given_it_is_taken_or_refused_in_one_line(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(STAGES))
     command = data.draw(st.sampled_from(["train", "test", "eval"]))
-    parser = cli._make_parser(importlib.import_module(name).stage)[1][["train", "test", "eval"].index(command)]
+    parser = make_parser(importlib.import_module(name).stage)[1][["train", "test", "eval"].index(command)]
     options = [option for option in parser._option_string_actions if option.startswith("--") and option != "--help"]
     option = data.draw(st.sampled_from(options))
     value = data.draw(st.text() | st.integers().map(str) | st.floats().map(str))
     error = io.StringIO()
     try:
         with contextlib.redirect_stderr(error):
-            typed = cli._parse(importlib.import_module(name).stage, [command, f"{option}={value}"])[1]
+            typed = parse(importlib.import_module(name).stage, [command, f"{option}={value}"])[1]
         assert typed - {"command"} == {option.removeprefix("--").replace("-", "_")}
         status = 0
     except SystemExit as exit_:
