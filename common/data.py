@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarr
         ) from error
 
 
+@cache  # training takes both parts of it, and to unpack it takes seconds
 def _load_shapes(data_dir: Path) -> np.ndarray:
     path = data_dir / "shapes.npz"
     count = TRAINING_IMAGES + HELD_OUT_IMAGES

@@ -55,7 +55,7 @@ def test_documented_commands_run(
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line) for line in COMMANDS.splitlines() if line.startswith(f"{stage}.py ")]
     assert [command[1] for command in commands] == ["train", "train", "test"]
-    suffix = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--max-steps", "2"]
+    suffix = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--max-steps", "1"]
     assert run_stage(stage, *commands[0][1:], *suffix) == 0
     assert run_stage(stage, *commands[1][1:], *suffix, "--overwrite") == 0
     assert run_stage(stage, *commands[2][1:], "--num-images", "4", "--sampler", "ddim", "--steps", "3") == 0
@@ -63,7 +63,7 @@ def test_documented_commands_run(
     assert str(folder / "samples.png") in capsys.readouterr().out
     assert Image.open(folder / "samples.png").size == (70, 70)
     saved = checkpoint.load(folder / "checkpoint.pt", stage)
-    assert saved["progress"]["step"] == 2
+    assert saved["progress"]["step"] == 1
     options = saved["training_options"]
     assert options["epochs"] == {A: 80, G: 10}.get(stage, 120)
     assert (options["dataset"], options["batch_size"], options["lr"]) == ("shapes", 128, 1e-3)
