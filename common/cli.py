@@ -29,6 +29,7 @@ from common.training import Progress, Trainer, TrainingOptions, train
 
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
 FILM_FRAMES = 50
+MOST_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
@@ -38,7 +39,10 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     try:
         keep_freed_memory()
         with torch.device("meta"):  # whose tensors take no memory: wrong model options are told before any work
-            _build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})
+            model = _build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})
+        parameters = sum(p.numel() for p in model.parameters())
+        if parameters > MOST_PARAMETERS:
+            raise UsageError(f"argument --model-channels: too many; they make {parameters:,} parameters")
         distributed.start()
         status = command(stage, options, typed)
         distributed.stop()

@@ -324,6 +324,7 @@ MISTAKES = [
     (E, "train --channel-mult 2 x", "--channel-mult"),
     (E, "train --channel-mult 17", "--channel-mult"),
     (E, "test --channel-mult 1 1 1 1 1 1 1", "--channel-mult"),
+    (E, "train --model-channels 1024 --channel-mult 16 16", "--model-channels"),
     (G, "train --attention-resolutions 64", "--attention-resolutions"),
     (G, "train --attention-resolutions 0", "--attention-resolutions"),
     (A, "test --num-images 0", "--num-images"),
