@@ -6,7 +6,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -44,18 +44,21 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    contents = io.BytesIO()
-    torch.save(checkpoint, contents)  # not straight to the disk: of a full one torch.save does not say that it is full
-    with atomic_write(path) as file:
-        file.write(contents.getbuffer())
+    _write(path, checkpoint)
 
 
 def save_weights(path: Path, checkpoint: Checkpoint) -> None:
     """Writes what drawing from the averaged weights takes, and no more, in half precision."""
     half = {name: weight.half() if weight.is_floating_point() else weight for name, weight in checkpoint["ema"].items()}
     part = {key: value for key, value in checkpoint.items() if key in WEIGHTS_ONLY}
+    _write(path, {**part, "ema": half})
+
+
+def _write(path: Path, contents: Mapping[str, Any]) -> None:
+    packed = io.BytesIO()
+    torch.save(contents, packed)  # not straight to the disk: of a full one torch.save does not say that it is full
     with atomic_write(path) as file:
-        torch.save({**part, "ema": half}, file)
+        file.write(packed.getbuffer())
 
 
 def load(path: Path, stage: str, weights_only: bool = False) -> Checkpoint:

@@ -180,7 +180,11 @@ def _add_run_options(group: OptionGroup) -> None:
         help="go on with the run in the run folder, if there is one, with its options but for those given",
     )
     exclusive.add_argument("--overwrite", action="store_true", help="throw away the run in the run folder")
-    _add_pretrained_option(group, "begin a new run with the weights that come with the project, in assets/weights")
+    group.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="begin a new run with the weights that come with the project, in assets/weights",
+    )
 
 
 def _add_test_options(group: OptionGroup) -> None:
@@ -235,11 +239,11 @@ def _add_sampling_options(group: OptionGroup) -> None:
     source.add_argument(
         "--checkpoint", type=Path, help="file to take the model from (default: checkpoint.pt in the run folder)"
     )
-    _add_pretrained_option(source, "take the model from the weights that come with the project, in assets/weights")
-
-
-def _add_pretrained_option(group: Any, help: str) -> None:
-    group.add_argument("--pretrained", action="store_true", help=help)
+    source.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="take the model from the weights that come with the project, in assets/weights",
+    )
 
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def run_stage(name: str, *arguments: object) -> int:
     with pytest.raises(SystemExit) as exit_:
         main(stage, [str(argument) for argument in arguments])
     return int(exit_.value.code or 0)
+
+
+class Attack:
+    """What runs code when it is unpickled: it makes the file `victim`."""
+
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.victim,)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from common.checkpoint import Checkpoint, atomic_write
 from common.errors import UserError
 from common.training import Trainer, TrainingOptions
 from part_a_cifar import Model
+from tests.conftest import Attack
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +139,6 @@ def test_whatever_bytes_there_are_the_answer_is_a_checkpoint_or_one_line(
         refusal = str(error)
     assert "\n" not in refusal
     assert not refusal or refusal.startswith(str(path))
-
-
-class Attack:
-    def __init__(self, victim: Path):
-        self.victim = victim
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.victim,)
 
 
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path, contents: Checkpoint) -> None:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from torchvision.datasets import CIFAR10
 from common.data import _load_shapes, load_images, random_generator, random_hflip, shuffled_batches, to_float, to_uint8
 from common.errors import UserError
 from common.shapes import KINDS, draw_shapes
+from tests.conftest import Attack
 
 
 def digest(images: Tensor) -> str:
@@ -99,16 +99,6 @@ def test_an_archive_with_other_bytes_is_refused(tmp_path: Path, server: str) -> 
     (tmp_path / "other.tar.gz").write_bytes(b"not CIFAR-10")
     with pytest.raises(UserError, match="--data-url"):
         load_images("cifar10", tmp_path / "data", data_url=f"{server}/other.tar.gz")
-
-
-class Attack:
-    """What runs code when it is unpickled."""
-
-    def __init__(self, victim: Path):
-        self.victim = victim
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.victim,)
 
 
 def test_code_in_the_data_set_is_refused_and_does_not_run(tmp_path: Path, server: str) -> None:
