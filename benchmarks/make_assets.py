@@ -1,14 +1,15 @@
-"""Makes what lies in assets/ from the runs: weights, and the pictures that README.md shows.
+"""Makes what lies in assets/ from the runs: weights, numbers, and the pictures that README.md shows.
 
     python benchmarks/make_assets.py --runs-dir runs
 
-A stage without a run, or whose run has not drawn `samples.png` yet (`python part_x.py test`), keeps what is there, and
-is left out of the pictures that compare stages. The film is drawn by
-`python part_g_cifar.py test --num-images 16 --film assets/denoising.webp`.
+It prints README's table of results. A stage without a run, or whose run lacks what `python part_x.py test` and
+`python part_x.py eval` leave there, keeps what is in assets/, and is left out of the pictures that compare stages if
+there is nothing. The film is drawn by `python part_g_cifar.py test --num-images 16 --film assets/denoising.webp`.
 """
 
 import argparse
 import csv
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.throughput import STAGES
+from benchmarks.throughput import SCHEDULE_STEPS, STAGES, flops_per_image, new_model
 from common import checkpoint
 from common.data import random_generator, to_float, to_uint8
 from common.errors import UserError
@@ -41,8 +42,8 @@ def grid_name(letter: str) -> str:
     return GRIDS.get(letter, f"{STAGES[letter].replace('_', '-')}-output.png")
 
 
-def read_log(run_dir: Path) -> list[dict[str, float]]:
-    with open(run_dir / "log.csv", newline="") as file:
+def read_log(path: Path) -> list[dict[str, float]]:
+    with open(path, newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
@@ -66,12 +67,44 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def weights_and_grid(letter: str, run_dir: Path, assets: Path) -> None:
+    """What a run has learned, what it draws, and how it got there."""
     saved = checkpoint.load(run_dir / "checkpoint.pt", STAGES[letter])
     path = assets / "weights" / f"{STAGES[letter]}.pt"
     checkpoint.save_weights(path, saved)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, after {saved['progress']['epoch']} epochs")
     shutil.copy(run_dir / "samples.png", assets / grid_name(letter))
     shutil.copy(run_dir / "log.csv", assets / "logs" / f"{STAGES[letter]}.csv")
+
+
+def numbers(letter: str, run_dir: Path, assets: Path) -> None:
+    """What `eval` has measured, less where on this machine it did."""
+    report = json.loads((run_dir / "eval.json").read_text())
+    del report["checkpoint"]
+    (assets / "logs" / f"{STAGES[letter]}.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def results_table(assets: Path) -> str:
+    """README's table of results, a row for each stage, from what lies in assets/logs."""
+    lines = [
+        "| stage | idea | parameters | GFLOP per image | epochs | minutes | held-out loss | bits/dim |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (letter, name), idea in zip(STAGES.items(), IDEAS):
+        parameters = sum(p.numel() for p in new_model(letter).parameters())
+        gflop = flops_per_image(letter, "sample") / SCHEDULE_STEPS / 1e9
+        cells = [f"[{letter}]({name}.py)", idea, f"{parameters:,}", f"{gflop:.2f}"]
+        path = assets / "logs" / f"{name}.json"
+        if path.exists():
+            report = json.loads(path.read_text())
+            loss, bits = report["loss"], report["bits_per_dim"]["total"]
+            minutes = sum(row["seconds"] for row in read_log(path.with_suffix(".csv"))) / 60
+            cells += [str(report["epochs"]), f"{minutes:.0f}"]
+            cells += [f"{loss['mean']:.4f} ± {loss['standard_error']:.4f}"]
+            cells += [f"{bits['mean']:.2f} ± {bits['standard_error']:.2f}"]
+        else:
+            cells += ["not trained yet", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def ladder(letters: list[str], assets: Path) -> None:
@@ -85,10 +118,9 @@ def losses(letters: list[str], assets: Path) -> None:
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for letter in letters:
-        with open(assets / "logs" / f"{STAGES[letter]}.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_log(assets / "logs" / f"{STAGES[letter]}.csv")
         label = f"{letter}  {IDEAS[list(STAGES).index(letter)]}"
-        axes.plot([int(r["epoch"]) for r in rows], [float(r["held_out_loss"]) for r in rows], ".-", label=label)
+        axes.plot([row["epoch"] for row in rows], [row["held_out_loss"] for row in rows], ".-", label=label)
     axes.set(xlabel="epoch", ylabel="held-out loss of the averaged weights", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -101,7 +133,7 @@ def losses(letters: list[str], assets: Path) -> None:
 def progress(letter: str, run_dir: Path, assets: Path) -> None:
     """What one stage draws from the same noise, epoch after epoch, with its losses."""
     rows = []
-    for row in read_log(run_dir):
+    for row in read_log(run_dir / "log.csv"):
         grid = run_dir / "samples" / f"epoch-{int(row['epoch']):04d}.png"
         if grid.exists():
             rows.append((f"epoch {int(row['epoch'])}\nloss {row['held_out_loss']:.4f}", grid))
@@ -138,6 +170,8 @@ def main() -> None:
         for letter, name in STAGES.items():
             if (options.runs_dir / name / "samples.png").exists():
                 weights_and_grid(letter, options.runs_dir / name, assets)
+            if (options.runs_dir / name / "eval.json").exists():
+                numbers(letter, options.runs_dir / name, assets)
         if (options.runs_dir / STAGES[options.progress_of] / "log.csv").exists():
             progress(options.progress_of, options.runs_dir / STAGES[options.progress_of], assets)
     except UserError as error:
@@ -147,6 +181,7 @@ def main() -> None:
         ladder(letters, assets)
         losses(letters, assets)
     forward_noising(assets)
+    print(results_table(assets))
 
 
 if __name__ == "__main__":

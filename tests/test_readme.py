@@ -1,4 +1,4 @@
-"""README.md: every command of its runs, every link leads somewhere, every snippet works."""
+"""README.md: every command of its runs, every link leads somewhere, every snippet and every quotation is true."""
 
 import re
 import shlex
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.make_assets import results_table
 from common.data import load_images
 from tests.conftest import ROOT, run_stage
 
@@ -14,6 +15,10 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DO
 LINES = [
     line.split("#")[0].strip().removesuffix("&&") for kind, block in BLOCKS if not kind for line in block.splitlines()
 ]
+# A block of code that comes after a paragraph with a link to a script is from there; others are to be run.
+BEFORE_CODE = [README[: match.start()].split("\n\n")[-2] for match in re.finditer(r"^```(python|diff)\n", README, re.M)]
+CODE = [block for kind, block in BLOCKS if kind in ("python", "diff")]
+CODE_WITH_SOURCES = [(re.findall(r"\]\(([\w/]+\.py)\)", text), code) for text, code in zip(BEFORE_CODE, CODE)]
 COMMANDS = [line.strip() for line in LINES if re.match(r"python part_|torchrun ", line)]
 
 SHORT = {
@@ -53,9 +58,30 @@ def test_every_command_runs_word_for_word(
     assert run_stage(name, *arguments, *suffix) == 0
 
 
-@pytest.mark.parametrize("snippet", [block for kind, block in BLOCKS if kind == "python"])
+@pytest.mark.parametrize("snippet", [code for sources, code in CODE_WITH_SOURCES if not sources])
 def test_every_snippet_runs(snippet: str) -> None:
     exec(compile(snippet, "README.md", "exec"), {})
+
+
+def stripped(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("sources", "code"), [pair for pair in CODE_WITH_SOURCES if pair[0]])
+def test_every_quotation_is_what_the_file_says(sources: list[str], code: str) -> None:
+    """Line by line, less the indentation; of a diff, the lines taken away and those put there."""
+    if code[0] in "+-":
+        assert len(sources) == 2
+        parts = [[line[1:] for line in code.splitlines() if line[0] == sign] for sign in "-+"]
+    else:
+        sources, parts = sources[-1:], [code.splitlines()]
+    for source, lines in zip(sources, parts):
+        assert lines
+        assert stripped("\n".join(lines)) in stripped((ROOT / source).read_text()), source
+
+
+def test_the_results_are_those_that_were_measured() -> None:
+    assert results_table(ROOT / "assets") in README
 
 
 def test_every_link_leads_somewhere() -> None:
