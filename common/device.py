@@ -143,11 +143,13 @@ class OneLaunch:
 
     def _record(self) -> None:
         torch.cuda.synchronize()
+        current = torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.output = self.function(*self.inputs)
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # which a failed capture leaves at its own
             _warn(f"going on without a CUDA graph, which failed: {error}")
         else:
             self.graph = graph

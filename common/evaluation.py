@@ -121,8 +121,8 @@ def variational_bound(
 
 def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     """KL of q(x_T | x0) from the standard normal distribution, in nats, float64 (B,). x0: (B, C, H, W)."""
-    last = schedule.alpha_bar[-1].double().cpu()
-    kl = (last * x0.double().cpu().square() - last - torch.log1p(-last)) / 2
+    last = schedule.alpha_bar[-1].cpu().double()  # in this order, for not every GPU has float64
+    kl = (last * x0.cpu().double().square() - last - torch.log1p(-last)) / 2
     return kl.sum(dim=(1, 2, 3))
 
 
@@ -242,7 +242,7 @@ def _block_by_block(
             bar.update(len(xt))
             return model(xt, t)
 
-        values = {start: values_of_block(start, counted).double().cpu() for start in starts}
+        values = {start: values_of_block(start, counted).cpu().double() for start in starts}
     for others in distributed.gather(values):
         values |= others
     return torch.cat([values[start] for start in sorted(values)])

@@ -1,9 +1,11 @@
 """The training loop: DDPM's simple loss, Adam, averaged weights, and what it leaves in the run folder."""
 
+import copy
 import math
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import checkpoint, distributed
@@ -58,19 +60,31 @@ class Progress:
     log: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv, one per completed epoch
 
 
-def average_weights(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the model's weights, to be updated after every step.
+class AveragedWeights:
+    """An exponential moving average of a model's weights, to be updated after every step.
 
     After n updates it decays by (1 + n) / (10 + n), `decay` at most: it spans about the last tenth of the run so far,
-    so that the random start is soon forgotten and a run of one epoch profits too.
+    so that the random start is soon forgotten and a run of one epoch profits too. Buffers are copied.
+
+    torch's AveragedModel walks through all modules at every update, which takes milliseconds, and makes a GPU wait.
     """
 
-    def update(averaged: Any, current: Any, num_averaged: Any) -> None:
-        n = int(ema.n_averaged)  # num_averaged is its copy on the model's device, and reading that makes a GPU wait
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+    def __init__(self, model: nn.Module, decay: float):
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+        self._averaged = list(self.module.parameters())
+        self._current = [parameter.detach() for parameter in model.parameters()]
+        self._buffers = list(zip(self.module.buffers(), model.buffers()))
 
-    ema = AveragedModel(model, multi_avg_fn=update)
-    return ema
+    def update(self) -> None:
+        """Takes in the model's weights as they are now; the first time, it takes them over."""
+        n = self.updates
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        get_ema_multi_avg_fn(decay)(self._averaged, self._current, n)
+        for averaged, current in self._buffers:
+            averaged.copy_(current)
+        self.updates += 1
 
 
 class Trainer:
@@ -105,8 +119,11 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.schedule = NoiseSchedule().to(self.device)
         on_gpu = self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True, capturable=on_gpu)
-        self.ema = average_weights(model, options.ema_decay)
+        captures = on_gpu and distributed.WORLD_SIZE == 1
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True, capturable=captures)
+        # Adam warns of the first steps, which are not captured.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+        self.ema = AveragedWeights(model, options.ema_decay)
         self.progress = Progress()
         # These two are read rarely: each reading makes a GPU wait.
         self._loss_sum = torch.zeros((), device=self.device)
@@ -118,7 +135,7 @@ class Trainer:
         self.update: Callable[..., tuple[Tensor, Tensor]] = self._update
         if distributed.WORLD_SIZE > 1:
             self.forward = DistributedDataParallel(self.forward, device_ids=[self.device] if on_gpu else None)
-        elif on_gpu:
+        elif captures:
             self.update = OneLaunch(self._update)
         self.averaged = noise_predictor(self.ema.module.eval(), bf16)
 
@@ -142,7 +159,7 @@ class Trainer:
 
         mine = distributed.share(len(x0))
         loss, gradient_norm = self.update(x0[mine], t[mine], noise[mine], weight[mine])
-        self.ema.update_parameters(self.model)
+        self.ema.update()
 
         count = len(images) - missing
         loss = distributed.sum_over_ranks(loss)
@@ -226,7 +243,7 @@ class Trainer:
         self._loss_sum.fill_(self.progress.loss_sum)
         self.model.load_state_dict(saved["model"])
         self.ema.module.load_state_dict(saved["ema"])
-        self.ema.n_averaged.fill_(self.progress.step)
+        self.ema.updates = self.progress.step
         for number, parameter in enumerate(self.model.parameters()):
             if any(saved["optimizer"][number][name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError(f"the optimizer's state of parameter {number} has another shape")

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.loss import diffusion_loss, held_out_draws
 from common.run_folder import plot_losses
 from common.schedule import NoiseSchedule
-from common.training import Trainer, TrainingOptions, average_weights, train
+from common.training import AveragedWeights, Trainer, TrainingOptions, train
 from tests.conftest import ROOT, STAGES, run_stage
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 44 images: 3 steps an epoch, 9 in all
@@ -226,12 +226,12 @@ def test_every_time_step_is_drawn_equally_often() -> None:
 def test_averaged_weights_are_the_ramped_mean() -> None:
     model = nn.Linear(1, 1, bias=False)
     for decay in (0.0, 0.5, 0.9999):
-        ema = average_weights(model, decay)
-        averaged = next(ema.parameters())
+        ema = AveragedWeights(model, decay)
+        averaged = next(ema.module.parameters())
         expected: float | None = None
         for n, value in enumerate(np.random.RandomState(0).random_sample(30)):
             nn.init.constant_(model.weight, value)
-            ema.update_parameters(model)
+            ema.update()
             keep = min(decay, (1 + n) / (10 + n))
             expected = value if expected is None else keep * expected + (1 - keep) * value
         assert averaged.item() == pytest.approx(expected, rel=1e-5)
@@ -239,15 +239,15 @@ def test_averaged_weights_are_the_ramped_mean() -> None:
 
 def test_averaging_copies_buffers_and_keeps_float32() -> None:
     model = nn.BatchNorm1d(2)
-    ema = average_weights(model, 0.9999)
+    ema = AveragedWeights(model, 0.9999)
     for _ in range(3):
         model(torch.randn(8, 2))
-        ema.update_parameters(model)
+        ema.update()
     assert model.running_mean is not None
     assert torch.equal(ema.module.get_buffer("running_mean"), model.running_mean)
     trainer = make_trainer(bf16=True)
     trainer.step(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    assert {p.dtype for p in trainer.ema.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.ema.module.parameters()} == {torch.float32}
 
 
 def test_averaging_turned_off_leaves_the_weights_themselves(images: Tensor, tmp_path: Path) -> None:
