@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import checkpoint
+from common.device import use_bf16
 from common.errors import UserError
 from common.loss import diffusion_loss, held_out_draws
 from common.run_folder import plot_losses
@@ -256,7 +257,16 @@ def test_averaging_turned_off_leaves_the_weights_themselves(images: Tensor, tmp_
     assert_same(dict(saved["ema"]), dict(saved["model"]))
 
 
-@pytest.mark.parametrize("stage", [STAGES[0], STAGES[6]])
+NO_BF16 = not use_bf16("auto", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        STAGES[0],
+        pytest.param(STAGES[6], marks=pytest.mark.skipif(NO_BF16, reason="takes minutes without bf16 instructions")),
+    ],
+)
 def test_bf16_autocast_learns_as_fp32_does(stage: str) -> None:
     """Sixty steps on one batch: the losses of both stay together and fall."""
     batch = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
