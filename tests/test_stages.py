@@ -87,7 +87,7 @@ def test_images_of_a_batch_do_not_see_each_other(stage: str) -> None:
     x, t = torch.randn(3, 3, 32, 32), torch.tensor([0, 500, 999])
     with torch.no_grad():
         together, alone = model(x, t), torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)  # another batch size, other kernels
 
 
 @pytest.mark.parametrize("stage", STAGES)
