@@ -24,6 +24,19 @@ def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with at least four channels to a group, and at most 32 groups.
+
+    32 groups are DDPM's (arXiv:2006.11239), whose narrowest level has 128 channels. For fewer channels EDM's code
+    (arXiv:2206.00364) has the lower limit. A channel that is a group of its own would lose its mean: a colour, or the
+    time step that ResnetBlock adds.
+
+    Args:
+        channels: a multiple of 4; of 32 from 128 on.
+    """
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
 class PositionalEncoding(nn.Module):
     """The sinusoids of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), looked up by time step.
 
@@ -75,9 +88,8 @@ class ResnetBlock(TimestepBlock):
     starts at zero: an untrained block is its shortcut.
 
     Args:
-        in_channels, out_channels: both must be multiples of num_groups.
+        in_channels, out_channels: numbers of channels that `group_norm` takes.
         embed_dim: width of the time step's embedding.
-        num_groups: groups of both GroupNorms.
         activation_fn: makes the activation, for example `nn.SiLU`.
     """
 
@@ -86,15 +98,14 @@ class ResnetBlock(TimestepBlock):
         in_channels: int,
         out_channels: int,
         embed_dim: int,
-        num_groups: int = 32,
         activation_fn: ActivationFn = nn.SiLU,
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, in_channels)
+        self.norm1 = group_norm(in_channels)
         self.act1 = activation_fn()
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.embed_proj = nn.Linear(embed_dim, out_channels)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels)
+        self.norm2 = group_norm(out_channels)
         self.act2 = activation_fn()
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
         self.shortcut: nn.Module = nn.Identity()

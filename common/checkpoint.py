@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1: the norms had other groups, and the same weights were another network
 
 T = TypeVar("T")
 
@@ -82,7 +82,10 @@ def load(path: Path, stage: str, weights_only: bool = False) -> Checkpoint:
     if not isinstance(contents, dict) or "format" not in contents or "stage" not in contents:
         raise UserError(f"{path}: not a checkpoint of this project")
     if contents["format"] != FORMAT:
-        raise UserError(f"{path}: written in format {contents['format']}, but this version reads format {FORMAT}")
+        raise UserError(
+            f"{path}: written in format {contents['format']}, but this version reads format {FORMAT}; train again, "
+            "or use the version that wrote it"
+        )
     if contents["stage"] != stage:
         raise UserError(f"{path}: a checkpoint of {contents['stage']}.py, not of {stage}.py")
     missing = set(WEIGHTS_ONLY if weights_only else Checkpoint.__annotations__) - contents.keys()

@@ -278,7 +278,7 @@ def positive_float(word: str) -> float:
 
 
 def multiple_of_32(word: str) -> int:
-    """A number of channels that GroupNorm can split into 32 groups."""
+    """A number of channels whose multiples `blocks.group_norm` can split evenly."""
     return _number(word, int, lambda value: value in range(32, 1025, 32), "a multiple of 32, from 32 to 1024")
 
 

@@ -14,6 +14,7 @@ from common.blocks import (
     TimestepBlock,
     TimestepBlockSequential,
     Upsample,
+    group_norm,
 )
 
 
@@ -32,19 +33,19 @@ def test_positional_encoding_refuses_an_odd_width() -> None:
         PositionalEncoding(33, 1000)
 
 
-@pytest.mark.parametrize("out_channels", [64, 96])
+@pytest.mark.parametrize("out_channels", [128, 256])
 def test_resnet_block_is_that_of_diffusers(out_channels: int) -> None:
     torch.manual_seed(0)
-    ours = ResnetBlock(64, out_channels, embed_dim=128)
+    ours = ResnetBlock(128, out_channels, embed_dim=64)
     theirs = ResnetBlock2D(
-        in_channels=64, out_channels=out_channels, temb_channels=128, groups=32, eps=1e-5, skip_time_act=True
+        in_channels=128, out_channels=out_channels, temb_channels=64, groups=32, eps=1e-5, skip_time_act=True
     )
     names = {"conv_shortcut": "shortcut", "time_emb_proj": "embed_proj"}
     state = theirs.state_dict()
     ours.load_state_dict(
         {names.get(key.split(".")[0], key.split(".")[0]) + "." + key.split(".")[1]: state[key] for key in state}
     )
-    x, emb = torch.randn(2, 64, 8, 8), torch.randn(2, 128)
+    x, emb = torch.randn(2, 128, 8, 8), torch.randn(2, 64)
     torch.testing.assert_close(ours(x, emb), theirs(x, emb))
 
 
@@ -60,9 +61,20 @@ def test_resnet_block_has_a_convolution_as_shortcut_only_where_the_channels_chan
     assert shortcut.kernel_size == (1, 1)
 
 
-def test_resnet_block_takes_groups_and_activation() -> None:
-    block = ResnetBlock(16, 32, 8, num_groups=16, activation_fn=nn.GELU)
-    assert [m.num_groups for m in block.modules() if isinstance(m, nn.GroupNorm)] == [16, 16]
+@pytest.mark.parametrize(("channels", "groups"), [(16, 4), (32, 8), (96, 24), (128, 32), (512, 32)])
+def test_group_norm_has_four_channels_to_a_group_or_32_groups(channels: int, groups: int) -> None:
+    assert group_norm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+def test_group_norm_keeps_what_sets_the_means_of_its_channels_apart(channels: int) -> None:
+    x, means = torch.randn(2, channels, 8, 8), torch.randn(channels)
+    kept = group_norm(channels)(x + 3 * means[:, None, None]).mean(dim=(0, 2, 3))
+    assert torch.corrcoef(torch.stack([kept, means]))[0, 1] > 0.5
+
+
+def test_resnet_block_takes_an_activation() -> None:
+    block = ResnetBlock(16, 32, 8, activation_fn=nn.GELU)
     assert len([m for m in block.modules() if isinstance(m, nn.GELU)]) == 2
 
 

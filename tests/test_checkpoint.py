@@ -70,7 +70,7 @@ def test_the_file_is_on_the_disk_before_it_is_moved_and_so_is_the_move_in_the_en
     ("change", "message"),
     [
         ({"stage": "part_b_cifar_more_channels"}, "part_b_cifar_more_channels.py, not of part_a_cifar.py"),
-        ({"format": 2}, "format 2"),
+        ({"format": 1}, "format 1"),
         ({"optimizer": None}, "lacks optimizer"),
         ({"stage": None}, "not a checkpoint of this project"),
     ],
