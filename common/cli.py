@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -86,7 +87,7 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
     model_options = _model_options(stage, options, typed, source, pretrained or saved)
     training_options = _training_options(options, typed, path, saved)
     _check_batch_size(training_options.batch_size)
-    bf16 = use_bf16(options.precision, device)
+    bf16 = use_bf16(training_options.precision, device)
     compile = device.type == "cuda" if options.compile is None else options.compile
     torch.manual_seed(training_options.seed)
     model = _build_model(stage, model_options).to(device)
@@ -130,12 +131,26 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
     if progress.seen:
         done += f", train loss {trainer.mean_loss():.4f} in the epoch under way"
     finished = progress.epoch >= training_options.epochs
-    command = f"python {stage.name}.py {'test' if finished else 'train --resume'}"
-    if "run_dir" in typed:
-        command += f" --run-dir {options.run_dir}"
     if is_first:
-        print(f"{done}; {'draw pictures' if finished else 'go on'} with: {command}")
+        print(
+            f"{done}; {'draw pictures' if finished else 'go on'} with: {_next_command(stage, options, typed, finished)}"
+        )
     return 128 + received if received else 0
+
+
+def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], finished: bool) -> str:
+    """What to type after `train`: with those of the typed options that the checkpoint does not carry."""
+    words = ["python", f"{stage.name}.py", *(["test"] if finished else ["train", "--resume"])]
+    names = ["run_dir", "device"]
+    if not finished:
+        names += ["data_dir", "data_url", "compile", "sample_every", "checkpoint_every"]
+    for name in names:
+        flag, value = name.replace("_", "-"), getattr(options, name)
+        if name in typed and isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name in typed:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
 
 
 def _test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:

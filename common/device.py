@@ -60,8 +60,8 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt:
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
+        if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):  # which is the most for older versions
+            mallopt(trim_threshold, 2**31 - 1)
 
 
 def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, training: bool = False) -> nn.Module:

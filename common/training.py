@@ -37,7 +37,7 @@ PLOT_EVERY = 30.0  # seconds at least between two drawings of the loss curve
 
 @dataclass
 class TrainingOptions:
-    """What decides a run's weights, beside the model and the precision. A checkpoint carries it."""
+    """What decides a run's weights, beside the model and the machine. A checkpoint carries it."""
 
     dataset: str = "cifar10"
     epochs: int = 120
@@ -45,6 +45,7 @@ class TrainingOptions:
     lr: float = 1e-3
     ema_decay: float = 0.9999
     hflip: bool = False
+    precision: str = "auto"  # or "fp32" or "bf16", see device.use_bf16
     seed: int = 0
 
 
@@ -135,6 +136,7 @@ class Trainer:
         self.update: Callable[..., tuple[Tensor, Tensor]] = self._update
         if distributed.WORLD_SIZE > 1:
             self.forward = DistributedDataParallel(self.forward, device_ids=[self.device] if on_gpu else None)
+            self.forward.broadcast_buffers = False  # they are constants
         elif captures:
             self.update = OneLaunch(self._update)
         self.averaged = noise_predictor(self.ema.module.eval(), bf16)
@@ -296,7 +298,9 @@ def train(
         if progress.step == 0:
             _save_data_grid(trainer, images, run_dir)
         write_log(run_dir, progress.log)
-        _save_sample_grid(trainer, run_dir, sample_every)
+        path = _sample_grid_due(trainer, run_dir, sample_every)
+        if path and not path.exists():  # the run was cut before it was drawn
+            _save_sample_grid(trainer, path)
 
     total = options.epochs * len(images)
     if max_steps is not None:
@@ -330,7 +334,10 @@ def train(
                 if done():
                     break
                 if checkpoint_every and progress.step % checkpoint_every == 0 and progress.seen < len(images):
+                    trainer.check()  # waits for the GPU, whose work is not part of the pause
+                    paused = time.perf_counter()
                     save()
+                    started += time.perf_counter() - paused
 
             if progress.seen == len(images):
                 loss = trainer.mean_loss()  # waits for the GPU, so the time that follows is true
@@ -343,13 +350,14 @@ def train(
             stop = done()
             if stop or not checkpoint_every or progress.step % checkpoint_every == 0:
                 save()
-            if is_first:  # pictures come last: what took training time is on the disk by now
+            if is_first:  # pictures come last: a checkpoint that is due is on the disk by now
                 if progress.log and (stop or time.perf_counter() - plotted > PLOT_EVERY):
                     if not plot_losses(run_dir) and plotted == -math.inf:
                         bar.write("no loss.png, which takes matplotlib: python -m pip install matplotlib", sys.stderr)
                     plotted = time.perf_counter()
-                if not received:
-                    _save_sample_grid(trainer, run_dir, sample_every)
+                path = _sample_grid_due(trainer, run_dir, sample_every)
+                if path and not received:
+                    _save_sample_grid(trainer, path)
     return received[0] if received else None
 
 
@@ -368,14 +376,16 @@ def _save_data_grid(trainer: Trainer, images: Tensor, run_dir: Path) -> None:
     save_grid(to_uint8(trainer.augment(batch, generator)).cpu(), run_dir / "samples" / "data.png")
 
 
-def _save_sample_grid(trainer: Trainer, run_dir: Path, sample_every: int) -> None:
-    """Writes what the averaged weights draw, from the same starting noise every time, if it is due and not there."""
+def _sample_grid_due(trainer: Trainer, run_dir: Path, sample_every: int) -> Path | None:
+    """Where to draw a grid now, if the epoch is complete and its turn has come."""
     progress = trainer.progress
-    path = run_dir / "samples" / f"epoch-{progress.epoch:04d}.png"
     epoch_is_complete = progress.epoch > 0 and progress.seen == 0
     is_due = sample_every and (progress.epoch % sample_every == 0 or progress.epoch == trainer.options.epochs)
-    if not (epoch_is_complete and is_due) or path.exists():
-        return
+    return run_dir / "samples" / f"epoch-{progress.epoch:04d}.png" if epoch_is_complete and is_due else None
+
+
+def _save_sample_grid(trainer: Trainer, path: Path) -> None:
+    """Writes what the averaged weights draw, from the same starting noise every time."""
     images = sample_images(
         trainer.ema.module, trainer.schedule, GRID_IMAGES, sampler="ddim", seed=trainer.options.seed, bf16=trainer.bf16
     )

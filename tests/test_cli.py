@@ -83,6 +83,20 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path) -> Path:
     return folder
 
 
+def test_a_resumed_run_keeps_its_precision_and_says_how_to_go_on(
+    tmp_path: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--data-dir", shapes_dir, "--run-dir", tmp_path / "a run", "--checkpoint-every", 1, "--no-compile")
+    new = ("--dataset", "shapes", "--batch-size", 2, "--precision", "bf16")
+    assert run_stage(A, "train", *words, *new, "--max-steps", 1) == 0
+    assert run_stage(A, "train", *words, "--resume", "--max-steps", 2) == 0
+    output = capsys.readouterr().out
+    assert output.count("cpu in bf16") == 2
+    command = shlex.split(output.rsplit("go on with: ", 1)[1])
+    assert command[:4] == ["python", f"{A}.py", "train", "--resume"]
+    assert sorted(command[4:]) == sorted(map(str, words))
+
+
 def test_run_folder_holds_what_is_promised(run_dir: Path) -> None:
     files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
     assert [name for name in files if name != "samples.png"] == [

@@ -142,6 +142,18 @@ def test_pictures_that_a_death_left_out_are_drawn_on_resuming(
     assert grid.read_bytes() == drawn
 
 
+def test_a_picture_of_weights_that_are_gone_is_drawn_anew(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that died between an epoch's picture and the next checkpoint draws the epoch again."""
+    monkeypatch.setattr("common.training.GRID_IMAGES", 4)
+    grid = tmp_path / "samples" / "epoch-0001.png"
+    grid.parent.mkdir()
+    grid.write_bytes(b"stale")
+    train(make_trainer(), images, images, tmp_path, max_steps=3, sample_every=1)
+    assert Image.open(grid).size == (70, 70)
+
+
 def test_another_seed_or_option_gives_other_weights(images: Tensor, tmp_path: Path, uncut: dict[str, Any]) -> None:
     others: list[dict[str, Any]] = [{"seed": 1}, {"hflip": False}, {"lr": 2e-3}, {"batch_size": 15}]
     for number, options in enumerate(others):
