@@ -4,7 +4,9 @@
 
 It prints README's table of results. A stage without a run, or whose run lacks what `python part_x.py test` and
 `python part_x.py eval` leave there, keeps what is in assets/, and is left out of the pictures that compare stages if
-there is nothing. The film is drawn by `python part_g_cifar.py test --num-images 16 --film assets/denoising.webp`.
+there is nothing. The picture of a stage's progress takes a run with `train --sample-every 1`. The film is drawn by
+
+    python part_a_cifar.py test --pretrained --num-images 16 --film assets/denoising.webp --output film.png
 """
 
 import argparse
@@ -34,7 +36,8 @@ GRIDS = {
     "G": "part-g-cifar-attn-output.png",
 }
 IDEAS = ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")
-ROW = (0, 0, 274, 36)  # the first eight pictures of a grid of 8 x 8
+GRID_SIZE = (274, 274)  # of 8 x 8 pictures of 32 x 32 pixels, with 2 pixels around each
+ROW = (0, 0, 274, 36)  # the first eight pictures of such a grid
 TIMES = (0, 50, 100, 200, 300, 450, 600, 999)
 
 
@@ -72,13 +75,21 @@ def weights_and_grid(letter: str, run_dir: Path, assets: Path) -> None:
     path = assets / "weights" / f"{STAGES[letter]}.pt"
     checkpoint.save_weights(path, saved)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, after {saved['progress']['epoch']} epochs")
+    with Image.open(run_dir / "samples.png") as image:
+        if image.size != GRID_SIZE:
+            raise UserError(f"{run_dir / 'samples.png'}: not a grid of 64 pictures; draw it by `test` alone")
     shutil.copy(run_dir / "samples.png", assets / grid_name(letter))
     shutil.copy(run_dir / "log.csv", assets / "logs" / f"{STAGES[letter]}.csv")
 
 
 def numbers(letter: str, run_dir: Path, assets: Path) -> None:
     """What `eval` has measured, less where on this machine it did."""
-    report = json.loads((run_dir / "eval.json").read_text())
+    path = run_dir / "eval.json"
+    report = json.loads(path.read_text())
+    measured = {"steps": report["steps"], "weights": report["weights"]}
+    shown = checkpoint.load(assets / "weights" / f"{STAGES[letter]}.pt", STAGES[letter], weights_only=True)["progress"]
+    if measured != {"steps": shown["step"], "weights": "ema"}:
+        raise UserError(f"{path}: of {measured}, but the weights are averaged ones of step {shown['step']}; run `eval`")
     del report["checkpoint"]
     (assets / "logs" / f"{STAGES[letter]}.json").write_text(json.dumps(report, indent=2) + "\n")
 

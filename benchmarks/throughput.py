@@ -182,8 +182,8 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that tensors took on the GPU, or the whole process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -214,6 +214,8 @@ def measure(stage: str, options: argparse.Namespace, bar: tqdm) -> dict[str, Any
         for worker in workers:
             worker.ask("steps", 5)  # a GPU's first steps are not like the others
         lengths = [max(1, round(options.seconds / worker.ask("steps", 1))) for worker in workers]
+        if what == "train":  # before the matrix products, which take memory too
+            row["peak_memory"] = dict(zip(peaks, [worker.ask("memory") for worker in workers]))
         rates: list[list[float]] = []
         for _ in range(options.repeats):
             turn = [n * images_per_step / worker.ask("steps", n) for n, worker in zip(lengths, workers)]
@@ -228,8 +230,6 @@ def measure(stage: str, options: argparse.Namespace, bar: tqdm) -> dict[str, Any
             "flops_per_image": flops_per_image(stage, what),
             "first_step_seconds": dict(zip(peaks, first_step)),
         }
-        if what == "train":
-            row["peak_memory"] = dict(zip(peaks, [worker.ask("memory") for worker in workers]))
     for name in peaks:
         peak = statistics.median(peaks[name])
         row[f"matmul_flops_{name}"] = peak

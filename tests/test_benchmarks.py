@@ -27,7 +27,8 @@ def runs_dir(tmp_path: Path, images: Tensor) -> Path:
     for name in ("samples.png", "samples/epoch-0001.png", "samples/epoch-0002.png"):
         save_grid(pictures, run_dir / name)
     estimate = {"mean": 0.5, "standard_error": 0.25}
-    report = {"checkpoint": str(run_dir), "epochs": 2, "loss": estimate, "bits_per_dim": {"total": estimate}}
+    report = {"checkpoint": str(run_dir), "epochs": 2, "steps": trainer.progress.step, "weights": "ema"}
+    report |= {"loss": estimate, "bits_per_dim": {"total": estimate}}
     (run_dir / "eval.json").write_text(json.dumps(report))
     return run_dir.parent
 
@@ -54,6 +55,21 @@ def test_make_assets_makes_weights_pictures_and_the_table(
     assert all("not trained yet" in row for row in rows[1:])
 
 
+@pytest.mark.parametrize("file", ["samples.png", "eval.json"])
+def test_make_assets_refuses_what_is_not_of_the_finished_run(
+    file: str, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = runs_dir / "part_a_cifar" / file
+    if file == "samples.png":
+        save_grid(torch.zeros(16, 3, 32, 32, dtype=torch.uint8), path)
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 1}))
+    arguments = ["--runs-dir", str(runs_dir), "--assets-dir", str(tmp_path / "assets")]
+    monkeypatch.setattr("sys.argv", ["make_assets.py", *arguments])
+    with pytest.raises(SystemExit, match=file):
+        make_assets.main()
+
+
 @pytest.mark.parametrize(("what", "factor"), [("sample", 1000), ("train", 3)])
 def test_flops_count_attention_in_full(what: str, factor: int) -> None:
     """Five blocks of 64 channels at 16 x 16 pixels, one of 32 at 4 x 4: 8 C x C products a pixel, then attention's."""
@@ -67,6 +83,7 @@ def test_mean_colour_of_noise_is_a_1024th() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return torch.zeros_like(x)
 
-    loss, mean_colour = errors_by_range(Zero(), torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)).unbind(1)
+    loss, mean_colour, nothing = errors_by_range(Zero(), torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)).unbind(1)
     torch.testing.assert_close(loss, torch.ones(10), rtol=0.01, atol=0)
     torch.testing.assert_close(mean_colour, torch.full((10,), 1 / 1024), rtol=0.2, atol=0)
+    torch.testing.assert_close(mean_colour, nothing)
