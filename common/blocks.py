@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, ActivationFn] = {
 
 
 def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
-    """Sets a convolution to zero, so that what it is added to, or the loss, starts out undisturbed."""
+    """Sets a convolution to zero, so that a block starts as its shortcut, and the network with a guess of 0."""
     nn.init.zeros_(conv.weight)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
