@@ -1,6 +1,7 @@
 """What the machine can do: which device and precision, memory, compilation, one launch instead of hundreds."""
 
 import ctypes
+import gc
 import sys
 import time
 import warnings
@@ -75,7 +76,7 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    compiled = torch.compile(model.train(training))
+    compiled = torch.compile(model.train(training), dynamic=False)
     try:
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")
@@ -121,6 +122,7 @@ class OneLaunch:
             return self.function(*inputs)
         shapes = [x.shape for x in inputs]
         if self.calls == 0:
+            gc.collect()  # what a backward pass outside has left would tie the gradients to another stream
             self.inputs = [torch.empty_like(x) for x in inputs]
             self.stream = torch.cuda.Stream()
         if shapes != [x.shape for x in self.inputs]:
@@ -150,7 +152,7 @@ class OneLaunch:
                 self.output = self.function(*self.inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # which a failed capture leaves at its own
-            _warn(f"going on without a CUDA graph, which failed: {error}")
+            _warn(f"going on without a CUDA graph, which failed: {error.__context__ or error}")
         else:
             self.graph = graph
 

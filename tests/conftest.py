@@ -12,6 +12,10 @@ from torch import Tensor
 from common.cli import main
 from common.options import Stage
 
+# What is promised bit for bit is promised for the CPU, and several processes need no GPU each there. test_device.py
+# also tests a GPU, if it is told which: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_device.py
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 ROOT = Path(__file__).parent.parent
 
 STAGES = [

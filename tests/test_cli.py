@@ -275,7 +275,7 @@ def test_compiled_model_learns_what_the_plain_one_does(
     """The compiler itself is replaced by one that only notes that it was asked; names of the weights stay."""
     compiled: list[nn.Module] = []
 
-    def note(model: nn.Module) -> nn.Module:
+    def note(model: nn.Module, dynamic: bool) -> nn.Module:
         compiled.append(model)
         return model
 

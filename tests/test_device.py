@@ -68,17 +68,25 @@ def test_one_launch_replays_what_it_recorded() -> None:
 
 
 @needs_gpu
-def test_recorded_steps_train_as_plain_ones_do() -> None:
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> None:
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model().cuda()
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda")
     losses = []
     for recorded in (False, True):
-        trainer = Trainer("part_a_cifar", {}, copy.deepcopy(model), TrainingOptions(batch_size=8))
+        options = TrainingOptions(batch_size=8)
+        trainer = Trainer("part_a_cifar", {}, copy.deepcopy(model), options, bf16, compile and recorded)
+        update = trainer.update
+        assert isinstance(update, OneLaunch)
         if not recorded:
             trainer.update = trainer._update
         for _ in range(20):
             trainer.step(images)
+        assert (update.graph is not None) == recorded
+        assert (trainer.forward is not trainer.model) == (compile and recorded)
         losses.append(trainer.mean_loss())
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
