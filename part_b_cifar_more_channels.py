@@ -2,7 +2,7 @@
 
 Part A's network, twice as wide. The width becomes an option, and the embedding of the time step grows with it.
 
-    python part_b_cifar_more_channels.py train
+    python part_b_cifar_more_channels.py train    # means the same as
     python part_b_cifar_more_channels.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32
     python part_b_cifar_more_channels.py test
     python part_b_cifar_more_channels.py eval

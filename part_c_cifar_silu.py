@@ -3,7 +3,7 @@
 Part B's network with one activation for all of it, as an option. SiLU, x * sigmoid(x), is smooth where ReLU has a
 corner, and does not cut the gradient off where its input is negative.
 
-    python part_c_cifar_silu.py train
+    python part_c_cifar_silu.py train    # means the same as
     python part_c_cifar_silu.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu
     python part_c_cifar_silu.py test
     python part_c_cifar_silu.py eval

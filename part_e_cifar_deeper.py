@@ -3,7 +3,7 @@ r"""Part E: deeper.
 Part D's lists, built by a loop: the number of levels, their widths and the blocks in each become options. Four levels
 by default, down to 4 x 4 pixels, three at twice the width and the last one narrow.
 
-    python part_e_cifar_deeper.py train
+    python part_e_cifar_deeper.py train    # means the same as
     python part_e_cifar_deeper.py train --batch-size 128 --lr 1e-3 --epochs 120 \
         --model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1
     python part_e_cifar_deeper.py test
@@ -119,7 +119,9 @@ class Model(nn.Module):
 
 
 def add_options(model: OptionGroup, training: OptionGroup) -> None:
-    model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
+    model.add_argument(
+        "--model-channels", type=multiple_of_32, default=32, help="channels that --channel-mult multiplies"
+    )
     model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
     model.add_argument("--num-res-blocks", type=whole_number(1, 16), default=2, help="ResnetBlocks per level")
     model.add_argument(
@@ -127,7 +129,7 @@ def add_options(model: OptionGroup, training: OptionGroup) -> None:
         type=whole_number(1, 16),
         nargs="+",
         default=[2, 2, 2, 1],
-        help="width of each level / model channels",
+        help="width of each level, in multiples of --model-channels",
     )
 
 

@@ -3,7 +3,7 @@ r"""Part F: random horizontal flips.
 Part E's network, trained on images that are flipped left-right by chance, each by a coin of its own: a mirrored horse
 is a horse, so the 50,000 images become 100,000.
 
-    python part_f_cifar_hflips.py train --hflip
+    python part_f_cifar_hflips.py train --hflip    # means the same as
     python part_f_cifar_hflips.py train --batch-size 128 --lr 1e-3 --epochs 120 \
         --model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1 --hflip
     python part_f_cifar_hflips.py test
@@ -119,7 +119,9 @@ class Model(nn.Module):
 
 
 def add_options(model: OptionGroup, training: OptionGroup) -> None:
-    model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
+    model.add_argument(
+        "--model-channels", type=multiple_of_32, default=32, help="channels that --channel-mult multiplies"
+    )
     model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
     model.add_argument("--num-res-blocks", type=whole_number(1, 16), default=2, help="ResnetBlocks per level")
     model.add_argument(
@@ -127,7 +129,7 @@ def add_options(model: OptionGroup, training: OptionGroup) -> None:
         type=whole_number(1, 16),
         nargs="+",
         default=[2, 2, 2, 1],
-        help="width of each level / model channels",
+        help="width of each level, in multiples of --model-channels",
     )
     training.add_argument(
         "--hflip", action=argparse.BooleanOptionalAction, default=False, help="flip images left-right by chance"

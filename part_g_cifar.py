@@ -4,7 +4,7 @@ Part F's network, in which every pixel of some levels may look at all the others
 ResnetBlock of the levels named by --attention-resolutions, and one in the middle. Flips are on by default.
 
     python part_g_cifar.py train
-    python part_g_cifar.py train --batch-size 128 --lr 1e-3 --epochs 10
+    python part_g_cifar.py train --batch-size 128 --lr 1e-3 --epochs 10    # a short try
     python part_g_cifar.py test
     python part_g_cifar.py eval
 
@@ -147,7 +147,9 @@ class Model(nn.Module):
 
 
 def add_options(model: OptionGroup, training: OptionGroup) -> None:
-    model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
+    model.add_argument(
+        "--model-channels", type=multiple_of_32, default=32, help="channels that --channel-mult multiplies"
+    )
     model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
     model.add_argument("--num-res-blocks", type=whole_number(1, 16), default=2, help="ResnetBlocks per level")
     model.add_argument(
@@ -155,14 +157,14 @@ def add_options(model: OptionGroup, training: OptionGroup) -> None:
         type=whole_number(1, 16),
         nargs="+",
         default=[2, 2, 2, 1],
-        help="width of each level / model channels",
+        help="width of each level, in multiples of --model-channels",
     )
     model.add_argument(
         "--attention-resolutions",
         type=whole_number(1, 32),
         nargs="*",
         default=[16],
-        help="pixels a side of levels that attend",
+        help="pixels a side of the levels whose ResnetBlocks are followed by attention",
     )
     training.add_argument(
         "--hflip", action=argparse.BooleanOptionalAction, default=True, help="flip images left-right by chance"

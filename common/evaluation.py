@@ -64,7 +64,12 @@ def loss_by_quarter(losses: Tensor, steps: int) -> tuple[Estimate, list[Estimate
     Args:
         losses: of `held_out_losses`, (N,), N a multiple of `steps`, at least twice that.
         steps: the schedule's, a multiple of 4.
+
+    Raises:
+        ValueError: N is none of those.
     """
+    if len(losses) % steps or len(losses) < 2 * steps:
+        raise ValueError(f"held-out images: must be a multiple of {steps}, at least {2 * steps}; got {len(losses)}")
     by_time = losses.view(-1, steps)
     return stratified_mean(by_time), [stratified_mean(quarter) for quarter in by_time.chunk(4, dim=1)]
 

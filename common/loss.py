@@ -45,7 +45,7 @@ def held_out_draws(images: Tensor, start: int, schedule: NoiseSchedule, seed: in
         images: uint8 (N, C, H, W).
 
     Returns:
-        x0 and noise, float32 (B, C, H, W), and t, int64 (B,), on the schedule's device; B is HELD_OUT_BLOCK or less.
+        x0, float32 (B, C, H, W); t, int64 (B,); noise, like x0; on the schedule's device. B is HELD_OUT_BLOCK or less.
     """
     device = schedule.beta.device
     x0 = to_float(images[start : start + HELD_OUT_BLOCK].to(device))

@@ -214,7 +214,7 @@ def _add_eval_options(group: OptionGroup) -> None:
     group.add_argument(
         "--exact",
         action="store_true",
-        help="sum up all 1000 terms of the bound for each image, instead of estimating the sum from 11",
+        help="sum up all 999 KL terms of the bound for each image, instead of estimating their sum from 10",
     )
     group.add_argument(
         "--fid",

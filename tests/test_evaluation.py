@@ -194,6 +194,12 @@ def test_held_out_loss_is_that_of_gaussian_data(schedule: NoiseSchedule) -> None
         assert abs(quarter.mean - expected) < 4 * quarter.standard_error
 
 
+@pytest.mark.parametrize("count", [0, 1000, 1999, 2500])
+def test_a_number_of_images_that_meets_time_steps_unequally_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 1000, at least 2000"):
+        loss_by_quarter(torch.zeros(count), 1000)
+
+
 def test_standard_errors_are_honest() -> None:
     """The means of many repetitions scatter as the standard errors say, whatever lies between the strata."""
     strata = torch.linspace(0, 10, 20)
