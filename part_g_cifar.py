@@ -9,6 +9,7 @@ ResnetBlock of the levels named by --attention-resolutions, and one in the middl
     python part_g_cifar.py eval
 
 2,193,219 parameters; 52 images/s on 2 cores of an EPYC with AVX512-BF16, so 32 hours for 120 epochs.
+Held-out loss 0.0334 after 5 of them.
 """
 
 import argparse

@@ -52,11 +52,12 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def picture_rows(rows: list[tuple[str, Path]], path: Path) -> None:
     """One row of eight pictures, the first of a grid, for each (label, grid)."""
-    figure = Figure(figsize=(8, 0.82 * len(rows)), dpi=120, layout="constrained")
-    for axes, (label, grid) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows):
+    figure = Figure(figsize=(8, 0.9 * len(rows)), dpi=120)
+    room = {"left": 0.2, "right": 1, "bottom": 0, "top": 1, "hspace": 0}  # for the labels, on the left
+    for axes, (label, grid) in zip(figure.subplots(len(rows), squeeze=False, gridspec_kw=room)[:, 0], rows):
         with Image.open(grid) as image:
             axes.imshow(image.crop(ROW).resize((3 * ROW[2], 3 * ROW[3]), Image.Resampling.NEAREST))
-        axes.set(xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[], anchor="E")
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
         for spine in axes.spines.values():
             spine.set_visible(False)
