@@ -6,7 +6,7 @@ It prints README's table of results. A stage without a run, or whose run lacks w
 `python part_x.py eval` leave there, keeps what is in assets/, and is left out of the pictures that compare stages if
 there is nothing. The picture of a stage's progress takes a run with `train --sample-every 1`. The film is drawn by
 
-    python part_a_cifar.py test --pretrained --num-images 16 --film assets/denoising.webp --output film.png
+    python part_g_cifar.py test --pretrained --num-images 16 --film assets/denoising.webp --output film.png
 """
 
 import argparse
