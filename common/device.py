@@ -1,4 +1,4 @@
-"""What the machine can do: which device and precision, memory, compilation, one launch instead of hundreds."""
+"""What the machine can do: which device and precision, memory, compilation, CUDA graphs."""
 
 import ctypes
 import gc
@@ -99,7 +99,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
-class OneLaunch:
+class GraphedFunction:
     """Runs a function of tensors on a GPU as one CUDA graph, which saves the time of launching its kernels one by one.
 
     The first calls run as usual. The next one records what the function launches, and from then on that is replayed,

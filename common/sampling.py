@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common import distributed
 from common.checkpoint import atomic_write
 from common.data import IMAGE_SHAPE, random_generator, to_uint8
-from common.device import OneLaunch
+from common.device import GraphedFunction
 from common.schedule import NoiseSchedule
 
 NoisePredictor = Callable[[Tensor, Tensor], Tensor]
@@ -77,13 +77,13 @@ def ddim_times(schedule_steps: int, steps: int) -> list[int]:
 
 
 def noise_predictor(model: nn.Module, bf16: bool = False) -> NoisePredictor:
-    """The model as samplers call it: under bfloat16 autocast if so asked, in one launch on a GPU, float32 out."""
+    """The model as samplers call it: under bfloat16 autocast if so asked, as a CUDA graph on a GPU, float32 out."""
 
     def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(xt.device.type, torch.bfloat16, enabled=bf16):
             return model(xt, t).float()
 
-    return OneLaunch(predict_noise)
+    return GraphedFunction(predict_noise)
 
 
 def sample_images(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common import checkpoint, distributed
 from common.checkpoint import Checkpoint
 from common.data import random_generator, random_hflip, shuffled_batches, to_float, to_uint8
-from common.device import OneLaunch, compile_model
+from common.device import GraphedFunction, compile_model
 from common.errors import UserError
 from common.loss import HELD_OUT_BLOCK, diffusion_loss, held_out_draws
 from common.run_folder import LOG_COLUMNS, plot_losses, write_log
@@ -138,7 +138,7 @@ class Trainer:
             self.forward = DistributedDataParallel(self.forward, device_ids=[self.device] if on_gpu else None)
             self.forward.broadcast_buffers = False  # they are constants
         elif captures:
-            self.update = OneLaunch(self._update)
+            self.update = GraphedFunction(self._update)
         self.averaged = noise_predictor(self.ema.module.eval(), bf16)
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:

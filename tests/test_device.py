@@ -8,7 +8,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
-from common.device import OneLaunch, compile_model, pick_device, use_bf16
+from common.device import GraphedFunction, compile_model, pick_device, use_bf16
 from common.errors import UsageError
 from common.training import Trainer, TrainingOptions
 from part_a_cifar import Model
@@ -50,15 +50,15 @@ def test_without_a_compiler_the_model_runs_as_it_is(capsys: pytest.CaptureFixtur
     assert "going on without compilation" in warnings[0]
 
 
-def test_one_launch_is_the_function_itself_without_a_gpu() -> None:
-    square = OneLaunch(torch.square)
+def test_graphed_function_is_the_function_itself_without_a_gpu() -> None:
+    square = GraphedFunction(torch.square)
     for value in range(6):
         assert square(torch.tensor(float(value))) == value**2
 
 
 @needs_gpu
-def test_one_launch_replays_what_it_recorded() -> None:
-    double = OneLaunch(lambda x: 2 * x)
+def test_graphed_function_replays_what_it_recorded() -> None:
+    double = GraphedFunction(lambda x: 2 * x)
     for value in range(8):
         x = torch.full((5,), float(value), device="cuda")
         assert torch.equal(double(x), 2 * x)
@@ -80,7 +80,7 @@ def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> Non
         options = TrainingOptions(batch_size=8)
         trainer = Trainer("part_a_cifar", {}, copy.deepcopy(model), options, bf16, compile and recorded)
         update = trainer.update
-        assert isinstance(update, OneLaunch)
+        assert isinstance(update, GraphedFunction)
         if not recorded:
             trainer.update = trainer._update
         for _ in range(20):
