@@ -82,6 +82,7 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
     saved = distributed.on_first(lambda: _find_run(stage, options, path))
     pretrained = None
     if options.pretrained and not saved:
+        _check_weights(stage)
         pretrained = distributed.on_first(lambda: checkpoint.load(stage.weights, stage.name, weights_only=True))
     source = stage.weights if pretrained else path
     model_options = _model_options(stage, options, typed, source, pretrained or saved)
@@ -140,6 +141,8 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
 
 def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], finished: bool) -> str:
     """What to type after `train`: with those of the typed options that the checkpoint does not carry."""
+    if distributed.WORLD_SIZE > 1 and not finished:
+        return "the same torchrun command, and --resume"
     words = ["python", f"{stage.name}.py", *(["test"] if finished else ["train", "--resume"])]
     names = ["run_dir", "device"]
     if not finished:
@@ -277,14 +280,16 @@ class _Trained(NamedTuple):
 def _load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], batch_size: int) -> _Trained:
     """The model that `test` and `eval` use; where it is to be compiled, for batches of that size."""
     path = stage.weights if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
-    folder = options.run_dir if options.pretrained else path.parent
+    folder = options.run_dir / "pretrained" if options.pretrained else path.parent
     device = pick_device(options.device)
     bf16 = use_bf16(options.precision, device)
     averaged = options.weights == "ema"
     if options.pretrained and not averaged:
         raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
+    if options.pretrained:
+        _check_weights(stage)
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, weights_only=averaged))
-    folder.mkdir(parents=True, exist_ok=True)
+    distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     model = _build_model(stage, _model_options(stage, options, typed, path, saved)).eval()
     with checkpoint.reading(path):
         model.load_state_dict(saved["ema"] if averaged else saved["model"])
@@ -294,6 +299,11 @@ def _load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], ba
     if options.compile:
         model = compile_model(model, batch_size, bf16)
     return _Trained(path, folder, model, device, bf16, dataset, progress.epoch, progress.step)
+
+
+def _check_weights(stage: Stage) -> None:
+    if not stage.weights.exists():
+        raise UsageError(f"argument --pretrained: no weights come with {stage.name}.py; train it, and leave this out")
 
 
 def _check_output(option: str, path: Path | None, endings: list[str]) -> None:

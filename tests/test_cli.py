@@ -159,7 +159,7 @@ def test_pretrained_weights_draw_what_the_checkpoint_draws(run_dir: Path, pretra
     options = ("--num-images", 2, "--sampler", "ddim", "--steps", 3)
     assert run_stage(E, "test", "--run-dir", run_dir, *options, "--output", "full.png") == 0
     assert run_stage(E, "test", "--pretrained", *options) == 0
-    full, half = (np.asarray(Image.open(path)).astype(int) for path in ("full.png", f"runs/{E}/samples.png"))
+    full, half = (np.asarray(Image.open(path)).astype(int) for path in ("full.png", f"runs/{E}/pretrained/samples.png"))
     assert abs(full - half).mean() < 1
     assert [path.name for path in pretrained.parent.iterdir()] == [pretrained.name]
 
@@ -187,6 +187,16 @@ def test_a_run_can_begin_with_pretrained_weights(run_dir: Path, pretrained: Path
         ("--checkpoint x.pt", "--checkpoint"),
     ],
 )
+@pytest.mark.parametrize("command", ["train", "test", "eval"])
+def test_pretrained_weights_that_are_not_there_are_an_error(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Stage, "weights", tmp_path / "none.pt")
+    assert run_stage(E, command, "--pretrained", "--run-dir", tmp_path / "run") == 2
+    assert "argument --pretrained: no weights come with" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "pretrained").exists()
+
+
 @pytest.mark.usefixtures("pretrained")
 def test_what_contradicts_pretrained_weights_is_refused(
     arguments: str, name: str, capsys: pytest.CaptureFixture[str]
