@@ -88,7 +88,7 @@ def numbers(letter: str, run_dir: Path, assets: Path) -> None:
     path = run_dir / "eval.json"
     report = json.loads(path.read_text())
     measured = {"steps": report["steps"], "weights": report["weights"]}
-    shown = checkpoint.load(assets / "weights" / f"{STAGES[letter]}.pt", STAGES[letter], weights_only=True)["progress"]
+    shown = checkpoint.load(assets / "weights" / f"{STAGES[letter]}.pt", STAGES[letter], ema_only=True)["progress"]
     if measured != {"steps": shown["step"], "weights": "ema"}:
         raise UserError(f"{path}: of {measured}, but the weights are averaged ones of step {shown['step']}; run `eval`")
     del report["checkpoint"]

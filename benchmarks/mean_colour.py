@@ -59,7 +59,7 @@ def main() -> None:
         for letter in options.stages:
             name = STAGES[letter]
             model = new_model(letter).eval()
-            model.load_state_dict(checkpoint.load(ASSETS / "weights" / f"{name}.pt", name, weights_only=True)["ema"])
+            model.load_state_dict(checkpoint.load(ASSETS / "weights" / f"{name}.pt", name, ema_only=True)["ema"])
             for number, (loss, part, nothing) in enumerate(errors_by_range(model, images).tolist()):
                 steps = f"{number * 1000 // RANGES} to {(number + 1) * 1000 // RANGES - 1}"
                 print(f"| {letter} | {steps} | {loss:.5f} | {part:.5f} | {part / loss:.0%} | {nothing:.5f} |")

@@ -35,7 +35,7 @@ class Checkpoint(TypedDict):
     optimizer: dict[int, Any]  # Adam's moments
 
 
-WEIGHTS_ONLY = ("format", "stage", "model_options", "training_options", "progress", "ema")  # what drawing takes
+EMA_ONLY = ("format", "stage", "model_options", "training_options", "progress", "ema")  # what drawing takes
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -50,7 +50,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 def save_weights(path: Path, checkpoint: Checkpoint) -> None:
     """Writes what drawing from the averaged weights takes, and no more, in half precision."""
     half = {name: weight.half() if weight.is_floating_point() else weight for name, weight in checkpoint["ema"].items()}
-    part = {key: value for key, value in checkpoint.items() if key in WEIGHTS_ONLY}
+    part = {key: value for key, value in checkpoint.items() if key in EMA_ONLY}
     _write(path, {**part, "ema": half})
 
 
@@ -61,11 +61,11 @@ def _write(path: Path, contents: Mapping[str, Any]) -> None:
         file.write(packed.getbuffer())
 
 
-def load(path: Path, stage: str, weights_only: bool = False) -> Checkpoint:
+def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
     """Reads a checkpoint of the given stage into main memory.
 
     Args:
-        weights_only: be content with what `save_weights` leaves.
+        ema_only: be content with what `save_weights` leaves.
 
     Raises:
         UserError: there is none, it is damaged, or it belongs to another stage or to another version of the project.
@@ -88,7 +88,7 @@ def load(path: Path, stage: str, weights_only: bool = False) -> Checkpoint:
         )
     if contents["stage"] != stage:
         raise UserError(f"{path}: a checkpoint of {contents['stage']}.py, not of {stage}.py")
-    missing = set(WEIGHTS_ONLY if weights_only else Checkpoint.__annotations__) - contents.keys()
+    missing = set(EMA_ONLY if ema_only else Checkpoint.__annotations__) - contents.keys()
     if missing:
         raise UserError(f"{path}: damaged: it lacks {', '.join(sorted(missing))}")
     with reading(path):
@@ -151,7 +151,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise UserError(f"{path}: not written ({error.strerror or error}); what was there before stays") from error
+            raise UserError(f"{path}: not written ({error.strerror or error}); what was there is kept") from error
         raise
 
 

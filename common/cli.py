@@ -30,7 +30,7 @@ from common.training import Progress, Trainer, TrainingOptions, train
 
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
 FILM_FRAMES = 50
-MOST_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
+MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
@@ -42,7 +42,7 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         with torch.device("meta"):  # whose tensors take no memory: wrong model options are told before any work
             model = _build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})
         parameters = sum(p.numel() for p in model.parameters())
-        if parameters > MOST_PARAMETERS:
+        if parameters > MAX_PARAMETERS:
             raise UsageError(f"argument --model-channels: too many; they make {parameters:,} parameters")
         distributed.start()
         status = command(stage, options, typed)
@@ -83,7 +83,7 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
     pretrained = None
     if options.pretrained and not saved:
         _check_weights(stage)
-        pretrained = distributed.on_first(lambda: checkpoint.load(stage.weights, stage.name, weights_only=True))
+        pretrained = distributed.on_first(lambda: checkpoint.load(stage.weights, stage.name, ema_only=True))
     source = stage.weights if pretrained else path
     model_options = _model_options(stage, options, typed, source, pretrained or saved)
     training_options = _training_options(options, typed, path, saved)
@@ -288,7 +288,7 @@ def _load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], ba
         raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
     if options.pretrained:
         _check_weights(stage)
-    saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, weights_only=averaged))
+    saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
     distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     model = _build_model(stage, _model_options(stage, options, typed, path, saved)).eval()
     with checkpoint.reading(path):
@@ -351,8 +351,8 @@ def _find_run(stage: Stage, options: argparse.Namespace, path: Path) -> Checkpoi
     """The checkpoint to go on from, if there is one and --resume is given."""
     if path.exists() and not options.resume and not options.overwrite:
         raise UsageError(
-            f"--run-dir {options.run_dir}: there is a run already; go on with it by --resume, "
-            "throw it away by --overwrite, or name another folder"
+            f"--run-dir {options.run_dir}: there is a run already; continue it with --resume, "
+            "discard it with --overwrite, or name another folder"
         )
     return checkpoint.load(path, stage.name) if path.exists() and options.resume else None
 

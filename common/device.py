@@ -24,24 +24,27 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UsageError: the machine does not have it.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if not there[name]:
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
         raise UsageError(f"argument --device: this machine, or this build of PyTorch, has no {name}; try --device auto")
     if name == "mps" and distributed.WORLD_SIZE > 1:
-        raise UsageError("argument --device: mps takes part in no group of processes; give cpu, or start one process")
+        raise UsageError("argument --device: several processes cannot share mps; give cpu, or start one process")
     if name != "cuda":
         return torch.device(name)
     if torch.cuda.device_count() <= distributed.LOCAL_RANK:
-        raise UsageError(f"--nproc-per-node: a process needs a GPU of its own; here are {torch.cuda.device_count()}")
+        raise UsageError(
+            f"--nproc-per-node: each process needs a GPU of its own, and this machine has {torch.cuda.device_count()}; "
+            "start fewer processes, or give --device cpu"
+        )
     torch.cuda.set_device(distributed.LOCAL_RANK)
     torch.backends.cudnn.benchmark = True  # shapes do not change, so trying all algorithms once pays
     return torch.device("cuda", distributed.LOCAL_RANK)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run the model under bfloat16 autocast: "auto" does so where the hardware multiplies in bfloat16."""
+    """Whether to run the model under bfloat16 autocast: "auto" does so on GPUs and x86 CPUs that multiply in it."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -72,6 +75,9 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
         The compiled model, which shares its weights with `model`; or `model` itself, after a warning, where
         compilation fails, for want of a C++ compiler, say.
     """
+    is_first = distributed.RANK == 0
+    if is_first:
+        print("compiling, which may take a minute", file=sys.stderr)
     started = time.perf_counter()
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
@@ -89,7 +95,8 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
         return model
     finally:
         model.zero_grad()
-    print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    if is_first:
+        print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return compiled  # type: ignore[return-value]
 
 

@@ -17,7 +17,7 @@ from common.training import TrainingOptions
 
 OptionGroup = argparse._ArgumentGroup
 
-MOST_SAMPLES = 100_000
+MAX_SAMPLES = 100_000
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def _add_run_options(group: OptionGroup) -> None:
     exclusive.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in the run folder, if there is one, with its options but for those given",
+        help="continue the run in the run folder, if there is one; options given here replace its own",
     )
-    exclusive.add_argument("--overwrite", action="store_true", help="throw away the run in the run folder")
+    exclusive.add_argument("--overwrite", action="store_true", help="discard the run in the run folder")
     group.add_argument(
         "--pretrained",
         action="store_true",
@@ -188,7 +188,7 @@ def _add_run_options(group: OptionGroup) -> None:
 
 
 def _add_test_options(group: OptionGroup) -> None:
-    group.add_argument("--num-images", type=whole_number(1, MOST_SAMPLES), default=64, help="images in the grid")
+    group.add_argument("--num-images", type=whole_number(1, MAX_SAMPLES), default=64, help="images in the grid")
     group.add_argument("--output", type=Path, help="PNG to write (default: samples.png beside the checkpoint)")
     group.add_argument(
         "--film",
@@ -218,7 +218,7 @@ def _add_eval_options(group: OptionGroup) -> None:
     )
     group.add_argument(
         "--fid",
-        type=whole_number(2, MOST_SAMPLES),
+        type=whole_number(2, MAX_SAMPLES),
         metavar="N",
         help='Frechet inception distance of N samples from the training images; takes "torchmetrics[image]" '
         "(default: not measured)",
@@ -234,7 +234,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
     group.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as the last step left them"
     )
-    group.add_argument("--batch-size", type=whole_number(1, MOST_SAMPLES), default=256, help="images to draw at a time")
+    group.add_argument("--batch-size", type=whole_number(1, MAX_SAMPLES), default=256, help="images to draw at a time")
     source = group.add_mutually_exclusive_group()
     source.add_argument(
         "--checkpoint", type=Path, help="file to take the model from (default: checkpoint.pt in the run folder)"
@@ -255,7 +255,7 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="auto: bf16 autocast where the processor multiplies in bfloat16",
+        help="auto: bf16 autocast on GPUs and x86 processors that multiply in bfloat16, else fp32",
     )
     group.add_argument(
         "--compile",

@@ -136,7 +136,7 @@ class Trainer:
         self.update: Callable[..., tuple[Tensor, Tensor]] = self._update
         if distributed.WORLD_SIZE > 1:
             self.forward = DistributedDataParallel(self.forward, device_ids=[self.device] if on_gpu else None)
-            self.forward.broadcast_buffers = False  # they are constants
+            self.forward.broadcast_buffers = False  # they are constants; no argument, for PyTorch 2.13 renamed that
         elif captures:
             self.update = GraphedFunction(self._update)
         self.averaged = noise_predictor(self.ema.module.eval(), bf16)
@@ -147,7 +147,7 @@ class Trainer:
         return random_hflip(x0, generator) if self.options.hflip else x0
 
     def step(self, images: Tensor) -> None:
-        """One round of Algorithm 1 of DDPM on uint8 images (B, 3, 32, 32), of which there may be less than a batch."""
+        """One round of Algorithm 1 of DDPM on uint8 images (B, 3, 32, 32), fewer at the end of an epoch."""
         missing = self.options.batch_size - len(images)
         weight = images.new_ones(len(images), dtype=torch.float32) / len(images)
         if missing:  # a batch is always whole, for the compiler's sake: what fills it up weighs nothing
@@ -189,8 +189,8 @@ class Trainer:
         first_bad_step = self._first_bad_step.item()
         if first_bad_step < math.inf:
             raise UserError(
-                f"the loss or the gradient is no finite number since step {first_bad_step:.0f}, with --lr "
-                f"{self.options.lr:g}; the checkpoint before stays as it is; try a lower --lr, or --precision fp32"
+                f"the loss or the gradient has not been finite since step {first_bad_step:.0f}, with --lr "
+                f"{self.options.lr:g}; the last checkpoint is kept; try a lower --lr, or --precision fp32"
             )
 
     def mean_loss(self) -> float:
