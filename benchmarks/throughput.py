@@ -4,8 +4,9 @@
     python benchmarks/throughput.py --stages A G --device cpu --data-dir data --json throughput.json
 
 Plain is the same model in fp32, eager, with a DataLoader over PIL images, Adam and `.item()` each step. Ours is what
-`part_*.py` does by default. Each is a process of its own, and they take turns of a few seconds, so that what disturbs
-the machine disturbs both. Sampling is timed over a part of the 1000 steps, which all do the same work, and scaled.
+`part_*.py` does by default, or with the --precision and --compile given here. Each is a process of its own, and they
+take turns of a few seconds, so that what disturbs the machine disturbs both. Sampling is timed over a part of the 1000
+steps, which all do the same work, and scaled.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.data import IMAGE_SHAPE, load_images, shuffled_batches
-from common.device import keep_freed_memory, pick_device, use_bf16
+from common.device import compile_model, keep_freed_memory, pick_device, use_bf16
 from common.errors import UserError
 from common.options import whole_number
 from common.sampling import ddpm, noise_predictor
@@ -84,9 +85,9 @@ def plain_training(stage: str, device: torch.device, data_dir: Path) -> Iterator
             yield
 
 
-def our_training(stage: str, device: torch.device, data_dir: Path, bf16: bool) -> Iterator[None]:
+def our_training(stage: str, device: torch.device, data_dir: Path, bf16: bool, compile: bool) -> Iterator[None]:
     options = TrainingOptions(batch_size=BATCH_SIZE, hflip=stage in FLIPPED)
-    trainer = Trainer(stage, {}, new_model(stage).to(device), options, bf16, compile=device.type == "cuda")
+    trainer = Trainer(stage, {}, new_model(stage).to(device), options, bf16, compile)
     images = load_images("cifar10", data_dir).to(device)
     for epoch in itertools.count():
         for batch in shuffled_batches(images, BATCH_SIZE, options.seed, epoch):
@@ -101,8 +102,10 @@ def plain_sampling(stage: str, device: torch.device) -> Iterator[None]:
             yield
 
 
-def our_sampling(stage: str, device: torch.device, bf16: bool) -> Iterator[None]:
+def our_sampling(stage: str, device: torch.device, bf16: bool, compile: bool) -> Iterator[None]:
     model = new_model(stage).to(device).eval()
+    if compile:
+        model = compile_model(model, SAMPLED, bf16)
     predict_noise = noise_predictor(model, bf16)
     for _ in itertools.count():
         for _ in ddpm(predict_noise, NoiseSchedule().to(device), *new_noise(device)):
@@ -133,13 +136,17 @@ def work(connection: Connection, ours: bool, options: argparse.Namespace) -> Non
         started = time.perf_counter()
         if what == "train":
             steps = (
-                our_training(argument, device, options.data_dir, bf16)
+                our_training(argument, device, options.data_dir, bf16, options.compiled["train"])
                 if ours
                 else plain_training(argument, device, options.data_dir)
             )
             next(steps)
         elif what == "sample":
-            steps = our_sampling(argument, device, bf16) if ours else plain_sampling(argument, device)
+            steps = (
+                our_sampling(argument, device, bf16, options.compiled["sample"])
+                if ours
+                else plain_sampling(argument, device)
+            )
             next(steps)
         elif what == "steps":
             for _ in range(argument):
@@ -266,7 +273,9 @@ def machine(device: torch.device) -> str:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    print(f"{report['machine']}; torch {report['torch']}; plain fp32, ours {report['precision']}; batch {BATCH_SIZE}")
+    compiled = " and ".join(what for what, value in report["compiled"].items() if value) or "nothing"
+    print(f"{report['machine']}; torch {report['torch']}; batch {BATCH_SIZE}")
+    print(f"plain in fp32; ours in {report['precision']}, compiled: {compiled}")
     print("images/s, medians of", report["repeats"], "turns; share of the machine's own matmul in brackets\n")
     print("| stage | train: plain | ours | ratio | sample: plain | ours | ratio | GiB: plain | ours | first step, s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -288,6 +297,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all seven")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours; plain is fp32")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="ours (default: when training on cuda)"
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns that each of the two takes")
     parser.add_argument("--seconds", type=whole_number(1), default=5, help="about how long a turn is")
@@ -299,12 +311,15 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"throughput.py: error: {error}")
 
+    training = device.type == "cuda" if options.compile is None else options.compile
+    options.compiled = {"train": training, "sample": bool(options.compile)}
     with tqdm(total=2 * options.repeats * len(options.stages), unit=" turns", disable=None) as bar:
         rows = [measure(stage, options, bar) for stage in options.stages]
     report = {
         "machine": machine(device),
         "torch": torch.__version__,
         "precision": "bf16" if use_bf16(options.precision, device) else "fp32",
+        "compiled": options.compiled,
         "batch_size": BATCH_SIZE,
         "sampled": SAMPLED,
         "repeats": options.repeats,
