@@ -1,14 +1,23 @@
 """README.md: every command of its runs, every link leads somewhere, every snippet and every quotation is true."""
 
+import argparse
+import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.make_assets import results_table
-from common.data import load_images
-from tests.conftest import ROOT, run_stage
+from common import checkpoint
+from common.data import load_images, to_float
+from common.loss import diffusion_loss
+from common.options import Stage
+from common.schedule import NoiseSchedule
+from common.shapes import draw_shapes
+from tests.conftest import ROOT, STAGES, run_stage
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -82,6 +91,24 @@ def test_every_quotation_is_what_the_file_says(sources: list[str], code: str) ->
 
 def test_the_results_are_those_that_were_measured() -> None:
     assert results_table(ROOT / "assets") in README
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_weights_of_every_stage_have_learned_to_guess_noise(name: str) -> None:
+    """Even that in pictures of another kind than they were trained on; untrained, the loss is 1."""
+    stage: Stage = importlib.import_module(name).stage
+    assert stage.weights.stat().st_size < 5e6
+    saved = checkpoint.load(stage.weights, name, ema_only=True)
+    report = json.loads((ROOT / "assets" / "logs" / f"{name}.json").read_text())
+    assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (report["epochs"], report["steps"])
+    model = stage.build_model(argparse.Namespace(**saved["model_options"])).eval()
+    model.load_state_dict(saved["ema"])
+    x0 = to_float(torch.from_numpy(draw_shapes(20)))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x0.shape, generator=generator)
+    with torch.no_grad():
+        loss = diffusion_loss(model, NoiseSchedule(), x0, torch.arange(0, 1000, 50), noise)
+    assert loss.mean() < 0.15
 
 
 def test_every_link_leads_somewhere() -> None:
