@@ -179,14 +179,6 @@ def test_a_run_can_begin_with_pretrained_weights(run_dir: Path, pretrained: Path
     assert run_stage(E, "train", "--pretrained", *common) == 2  # it is not begun anew unasked
 
 
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ("--weights raw", "--weights"),
-        ("--model-channels 64", "--model-channels"),
-        ("--checkpoint x.pt", "--checkpoint"),
-    ],
-)
 @pytest.mark.parametrize("command", ["train", "test", "eval"])
 def test_pretrained_weights_that_are_not_there_are_an_error(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -197,6 +189,14 @@ def test_pretrained_weights_that_are_not_there_are_an_error(
     assert not (tmp_path / "run" / "pretrained").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("--weights raw", "--weights"),
+        ("--model-channels 64", "--model-channels"),
+        ("--checkpoint x.pt", "--checkpoint"),
+    ],
+)
 @pytest.mark.usefixtures("pretrained")
 def test_what_contradicts_pretrained_weights_is_refused(
     arguments: str, name: str, capsys: pytest.CaptureFixture[str]
