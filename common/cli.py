@@ -82,8 +82,7 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
     saved = distributed.on_first(lambda: _find_run(stage, options, path))
     pretrained = None
     if options.pretrained and not saved:
-        _check_weights(stage)
-        pretrained = distributed.on_first(lambda: checkpoint.load(stage.weights, stage.name, ema_only=True))
+        pretrained = distributed.on_first(lambda: checkpoint.load(_shipped_weights(stage), stage.name, ema_only=True))
     source = stage.weights if pretrained else path
     model_options = _model_options(stage, options, typed, source, pretrained or saved)
     training_options = _training_options(options, typed, path, saved)
@@ -279,15 +278,13 @@ class _Trained(NamedTuple):
 
 def _load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], batch_size: int) -> _Trained:
     """The model that `test` and `eval` use; where it is to be compiled, for batches of that size."""
-    path = stage.weights if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
+    path = _shipped_weights(stage) if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
     folder = options.run_dir / "pretrained" if options.pretrained else path.parent
     device = pick_device(options.device)
     bf16 = use_bf16(options.precision, device)
     averaged = options.weights == "ema"
     if options.pretrained and not averaged:
         raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
-    if options.pretrained:
-        _check_weights(stage)
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
     distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     model = _build_model(stage, _model_options(stage, options, typed, path, saved)).eval()
@@ -301,9 +298,11 @@ def _load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], ba
     return _Trained(path, folder, model, device, bf16, dataset, progress.epoch, progress.step)
 
 
-def _check_weights(stage: Stage) -> None:
+def _shipped_weights(stage: Stage) -> Path:
+    """The file of weights that comes with the project, for --pretrained."""
     if not stage.weights.exists():
         raise UsageError(f"argument --pretrained: no weights come with {stage.name}.py; train it, and leave this out")
+    return stage.weights
 
 
 def _check_output(option: str, path: Path | None, endings: list[str]) -> None:

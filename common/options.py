@@ -242,7 +242,8 @@ def _add_sampling_options(group: OptionGroup) -> None:
     source.add_argument(
         "--pretrained",
         action="store_true",
-        help="take the model from the weights that come with the project, in assets/weights",
+        help="take the model from the weights that come with the project, in assets/weights; what is made of them goes "
+        "to pretrained/ in the run folder",
     )
 
 
