@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.data import IMAGE_SHAPE, load_images, shuffled_batches
-from common.device import compile_model, keep_freed_memory, pick_device, use_bf16
+from common.device import compile_model, compiles_training, keep_freed_memory, pick_device, use_bf16
 from common.errors import UserError
 from common.options import whole_number
 from common.sampling import ddpm, noise_predictor
@@ -297,9 +297,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all seven")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours; plain is fp32")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="ours (default: when training on cuda)"
-    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="ours (default: as part_*.py does)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns that each of the two takes")
     parser.add_argument("--seconds", type=whole_number(1), default=5, help="about how long a turn is")
@@ -311,14 +309,15 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"throughput.py: error: {error}")
 
-    training = device.type == "cuda" if options.compile is None else options.compile
+    bf16 = use_bf16(options.precision, device)
+    training = compiles_training(device, bf16) if options.compile is None else options.compile
     options.compiled = {"train": training, "sample": bool(options.compile)}
     with tqdm(total=2 * options.repeats * len(options.stages), unit=" turns", disable=None) as bar:
         rows = [measure(stage, options, bar) for stage in options.stages]
     report = {
         "machine": machine(device),
         "torch": torch.__version__,
-        "precision": "bf16" if use_bf16(options.precision, device) else "fp32",
+        "precision": "bf16" if bf16 else "fp32",
         "compiled": options.compiled,
         "batch_size": BATCH_SIZE,
         "sampled": SAMPLED,

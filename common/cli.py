@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from common import __version__, checkpoint, distributed, evaluation
 from common.checkpoint import Checkpoint, atomic_write
 from common.data import load_images
-from common.device import compile_model, is_out_of_memory, keep_freed_memory, pick_device, use_bf16
+from common.device import (
+    compile_model,
+    compiles_training,
+    is_out_of_memory,
+    keep_freed_memory,
+    pick_device,
+    use_bf16,
+)
 from common.errors import UsageError, UserError
 from common.loss import HELD_OUT_BLOCK
 from common.options import Stage, check_saved_model_options, model_defaults, parse
@@ -88,7 +95,7 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
     training_options = _training_options(options, typed, path, saved)
     _check_batch_size(training_options.batch_size)
     bf16 = use_bf16(training_options.precision, device)
-    compile = device.type == "cuda" if options.compile is None else options.compile
+    compile = compiles_training(device, bf16) if options.compile is None else options.compile
     torch.manual_seed(training_options.seed)
     model = _build_model(stage, model_options).to(device)
     if pretrained:

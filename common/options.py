@@ -261,7 +261,8 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the model, which needs a C++ compiler (default: when training on cuda)",
+        help="compile the model, which needs a C++ compiler (default: when training, on cuda and, in bf16, on "
+        "processors with AMX)",
     )
 
 

@@ -122,8 +122,10 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         captures = on_gpu and distributed.WORLD_SIZE == 1
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True, capturable=captures)
-        # Adam warns of the first steps, which are not captured.
+        # Adam warns of the first steps, which are not captured, and DistributedDataParallel of compiled convolutions,
+        # whose gradients have other strides, which for kernels of 1x1 mean the same.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         self.ema = AveragedWeights(model, options.ema_decay)
         self.progress = Progress()
         # These two are read rarely: each reading makes a GPU wait.

@@ -16,6 +16,9 @@ from common.options import Stage
 # also tests a GPU, if it is told which: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_device.py
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# Compiling takes up to two minutes a network: what is about it, in test_device.py, switches it on.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # test files run side by side: one core for each, and for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)

@@ -2,18 +2,32 @@
 
 import copy
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
-from common.device import GraphedFunction, compile_model, pick_device, use_bf16
+from common import checkpoint
+from common.device import GraphedFunction, compile_model, compiles_training, pick_device, use_bf16
 from common.errors import UsageError
 from common.training import Trainer, TrainingOptions
 from part_a_cifar import Model
+from tests.conftest import ROOT, STAGES
+
+E = STAGES[4]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")
+
+
+@pytest.fixture(autouse=True)
+def compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switches on what conftest.py switches off."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
 
 
 class Small(nn.Module):
@@ -25,7 +39,7 @@ class Small(nn.Module):
         return torch.tanh(self.conv(x)) * t[:, None, None, None]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")
+@needs_compiler
 def test_compiled_model_computes_the_same_with_the_same_weights(capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
     model = Small()
@@ -48,6 +62,29 @@ def test_without_a_compiler_the_model_runs_as_it_is(capsys: pytest.CaptureFixtur
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1
     assert "going on without compilation" in warnings[0]
+
+
+@needs_compiler
+def test_a_compiled_run_that_goes_on_ends_as_the_uncut_one(
+    tmp_path: Path, shapes_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process of its own: the first compiles, the others find what it has compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+
+    def train(folder: str, *options: str) -> str:
+        words = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path / folder), *options]
+        small = ["--model-channels", "32", "--channel-mult", "1", "--num-res-blocks", "1", "--batch-size", "8"]
+        command = [sys.executable, f"{E}.py", "train", "--compile", *small, *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "compiled in" in train("cut", "--max-steps", "2")
+    train("cut", "--max-steps", "5", "--resume")
+    train("uncut", "--max-steps", "5")
+    cut, uncut = (checkpoint.load(tmp_path / name / "checkpoint.pt", E) for name in ("cut", "uncut"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(cut[part][name], uncut[part][name]) for name in uncut[part])
 
 
 def test_graphed_function_is_the_function_itself_without_a_gpu() -> None:
@@ -94,6 +131,15 @@ def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> Non
 def test_a_device_that_is_not_there_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="--device"):
         pick_device("cuda" if not torch.cuda.is_available() else "mps")
+
+
+def test_training_is_compiled_where_that_pays() -> None:
+    cpu, gpu, mps = map(torch.device, ("cpu", "cuda", "mps"))
+    assert compiles_training(gpu, bf16=True)
+    assert compiles_training(gpu, bf16=False)
+    assert compiles_training(cpu, bf16=True) == torch.cpu.get_capabilities().get("amx_bf16", False)
+    assert not compiles_training(cpu, bf16=False)
+    assert not compiles_training(mps, bf16=True)
 
 
 def test_precision_is_what_is_asked_for_or_what_the_processor_has() -> None:
