@@ -86,8 +86,11 @@ def plain_training(stage: str, device: torch.device, data_dir: Path) -> Iterator
 
 
 def our_training(stage: str, device: torch.device, data_dir: Path, bf16: bool, compile: bool) -> Iterator[None]:
+    model = new_model(stage).to(device)
     options = TrainingOptions(batch_size=BATCH_SIZE, hflip=stage in FLIPPED)
-    trainer = Trainer(stage, {}, new_model(stage).to(device), options, bf16, compile)
+    trainer = Trainer(stage, {}, model, options, bf16)
+    if compile:
+        compile_model(model, BATCH_SIZE, bf16, training=True)
     images = load_images("cifar10", data_dir).to(device)
     for epoch in itertools.count():
         for batch in shuffled_batches(images, BATCH_SIZE, options.seed, epoch):
@@ -105,7 +108,7 @@ def plain_sampling(stage: str, device: torch.device) -> Iterator[None]:
 def our_sampling(stage: str, device: torch.device, bf16: bool, compile: bool) -> Iterator[None]:
     model = new_model(stage).to(device).eval()
     if compile:
-        model = compile_model(model, SAMPLED, bf16)
+        compile_model(model, SAMPLED, bf16)
     predict_noise = noise_predictor(model, bf16)
     for _ in itertools.count():
         for _ in ddpm(predict_noise, NoiseSchedule().to(device), *new_noise(device)):

@@ -95,7 +95,6 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
     training_options = _training_options(options, typed, path, saved)
     _check_batch_size(training_options.batch_size)
     bf16 = use_bf16(training_options.precision, device)
-    compile = compiles_training(device, bf16) if options.compile is None else options.compile
     torch.manual_seed(training_options.seed)
     model = _build_model(stage, model_options).to(device)
     if pretrained:
@@ -106,14 +105,11 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
             load_images(training_options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
             for train in (True, False)
         )
-    trainer = Trainer(stage.name, model_options, model, training_options, bf16, compile)
+    trainer = Trainer(stage.name, model_options, model, training_options, bf16)
     if saved:
         with checkpoint.reading(path):
             trainer.restore(saved)
     is_first = distributed.RANK == 0
-    if is_first and options.overwrite:
-        _remove_run(options.run_dir)
-
     progress = trainer.progress
     where = f"{device} in {'bf16' if bf16 else 'fp32'}"
     if distributed.WORLD_SIZE > 1:
@@ -125,6 +121,11 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
             f"{training_options.epochs} epochs, {progress.epoch} done; {options.run_dir}",
             flush=True,
         )
+    compile = compiles_training(device, bf16) if options.compile is None else options.compile
+    if compile:
+        compile_model(model, training_options.batch_size // distributed.WORLD_SIZE, bf16, training=True)
+    if is_first and options.overwrite:
+        _remove_run(options.run_dir)
     received = train(
         trainer,
         images,
@@ -301,7 +302,7 @@ def _load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], ba
         dataset = checkpoint.from_saved(TrainingOptions, saved["training_options"]).dataset
     model.to(device)
     if options.compile:
-        model = compile_model(model, batch_size, bf16)
+        compile_model(model, batch_size, bf16)
     return _Trained(path, folder, model, device, bf16, dataset, progress.epoch, progress.step)
 
 

@@ -79,12 +79,10 @@ def keep_freed_memory() -> None:
             mallopt(trim_threshold, 2**31 - 1)
 
 
-def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, training: bool = False) -> nn.Module:
-    """Compiles a model that predicts noise, and runs it once, with a backward pass if it is for training.
+def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, training: bool = False) -> None:
+    """Compiles a model that predicts noise, in place, by running it once, with a backward pass if it is for training.
 
-    Returns:
-        The compiled model, which shares its weights with `model`; or `model` itself, after a warning, where
-        compilation fails, for want of a C++ compiler, say.
+    Where that fails, for want of a C++ compiler, say, a warning tells so, and the model goes on as it is.
     """
     is_first = distributed.RANK == 0
     if is_first:
@@ -93,22 +91,22 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    compiled = torch.compile(model.train(training), dynamic=False)
+    model.train(training).compile(dynamic=False)
     try:
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                output = compiled(x, t)
+                output = model(x, t)
             if training:
                 output.float().mean().backward()
     except Exception as error:  # whatever it is, the model works without
         _warn(f"going on without compilation, which failed: {type(error).__name__}: {error}")
-        return model
+        model.compile(disable=True)
+    else:
+        if is_first:
+            print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     finally:
         model.zero_grad()
-    if is_first:
-        print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    return compiled  # type: ignore[return-value]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common import checkpoint, distributed
 from common.checkpoint import Checkpoint
 from common.data import random_generator, random_hflip, shuffled_batches, to_float, to_uint8
-from common.device import GraphedFunction, compile_model
+from common.device import GraphedFunction
 from common.errors import UserError
 from common.loss import HELD_OUT_BLOCK, diffusion_loss, held_out_draws
 from common.run_folder import LOG_COLUMNS, plot_losses, write_log
@@ -100,7 +100,6 @@ class Trainer:
         model: maps x_t (B, 3, 32, 32) and t (B,) to the noise in x_t; trained on the device where it lies.
         options: see TrainingOptions. The number of processes must divide the batch size.
         bf16: run the model under bfloat16 autocast.
-        compile: run a compiled version of it.
     """
 
     def __init__(
@@ -110,7 +109,6 @@ class Trainer:
         model: nn.Module,
         options: TrainingOptions,
         bf16: bool = False,
-        compile: bool = False,
     ):
         self.stage = stage
         self.model_options = model_options
@@ -132,12 +130,10 @@ class Trainer:
         self._loss_sum = torch.zeros((), device=self.device)
         self._first_bad_step = torch.full((), math.inf, device=self.device)
 
-        self.forward: nn.Module = model  # what is run; it shares its weights with `model`
-        if compile:
-            self.forward = compile_model(model, options.batch_size // distributed.WORLD_SIZE, bf16, training=True)
+        self.forward: nn.Module = model
         self.update: Callable[..., tuple[Tensor, Tensor]] = self._update
         if distributed.WORLD_SIZE > 1:
-            self.forward = DistributedDataParallel(self.forward, device_ids=[self.device] if on_gpu else None)
+            self.forward = DistributedDataParallel(model, device_ids=[self.device] if on_gpu else None)
             self.forward.broadcast_buffers = False  # they are constants; no argument, for PyTorch 2.13 renamed that
         elif captures:
             self.update = GraphedFunction(self._update)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from common import checkpoint
 from common.device import GraphedFunction, compile_model, compiles_training, pick_device, use_bf16
@@ -26,8 +27,10 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no
 
 @pytest.fixture(autouse=True)
 def compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switches on what conftest.py switches off."""
+    """Switches on what conftest.py switches off, with nothing compiled yet."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    torch._dynamo.reset()
+    counters.clear()
 
 
 class Small(nn.Module):
@@ -41,24 +44,27 @@ class Small(nn.Module):
 
 @needs_compiler
 def test_compiled_model_computes_the_same_with_the_same_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    torch._dynamo.reset()
     model = Small()
-    compiled = compile_model(model, batch_size=4, training=True)
-    assert compiled is not model
+    plain = copy.deepcopy(model)
+    compile_model(model, batch_size=4, training=True)
     assert "compiled in" in capsys.readouterr().err
+    assert counters["stats"]["unique_graphs"] == 1
     assert model.conv.weight.grad is None
     x, t = torch.randn(4, 3, 32, 32), torch.arange(4)
-    torch.testing.assert_close(compiled(x, t), model(x, t))
-    nn.init.zeros_(model.conv.weight)
-    torch.testing.assert_close(compiled(x, t), model(x, t))
+    torch.testing.assert_close(model(x, t), plain(x, t))
+    for conv in (model.conv, plain.conv):
+        nn.init.ones_(conv.weight)
+    torch.testing.assert_close(model(x, t), plain(x, t))
+    assert counters["stats"]["unique_graphs"] == 1
     assert list(model.state_dict()) == ["conv.weight", "conv.bias"]
 
 
 def test_without_a_compiler_the_model_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    torch._dynamo.reset()
     model = Small()
     with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        assert compile_model(model, batch_size=4) is model
+        compile_model(model, batch_size=4)
+        x, t = torch.randn(4, 3, 32, 32), torch.arange(4)
+        assert torch.equal(model(x, t), copy.deepcopy(model)(x, t))
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1
     assert "going on without compilation" in warnings[0]
@@ -108,14 +114,15 @@ def test_graphed_function_replays_what_it_recorded() -> None:
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> None:
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model().cuda()
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda")
     losses = []
     for recorded in (False, True):
-        options = TrainingOptions(batch_size=8)
-        trainer = Trainer("part_a_cifar", {}, copy.deepcopy(model), options, bf16, compile and recorded)
+        trainer = Trainer("part_a_cifar", {}, copy.deepcopy(model), TrainingOptions(batch_size=8), bf16)
+        if compile and recorded:
+            compile_model(trainer.model, 8, bf16, training=True)
+            assert counters["stats"]["unique_graphs"] == 1
         update = trainer.update
         assert isinstance(update, GraphedFunction)
         if not recorded:
@@ -123,7 +130,7 @@ def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> Non
         for _ in range(20):
             trainer.step(images)
         assert (update.graph is not None) == recorded
-        assert (trainer.forward is not trainer.model) == (compile and recorded)
+        assert counters["stats"]["unique_graphs"] == (compile and recorded)
         losses.append(trainer.mean_loss())
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
