@@ -467,14 +467,15 @@ def test_a_checkpoint_that_makes_no_sense_is_refused_in_one_line(
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_an_optimiser_state_of_another_shape_is_refused(
+def test_an_optimiser_state_of_another_shape_is_refused_before_anything_is_compiled(
     run_dir: Path, tmp_path: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    common = ("--compile", "--data-dir", shapes_dir, "--run-dir", tmp_path)
     saved = checkpoint.load(run_dir / "checkpoint.pt", E)
     changes: list[dict[int, Any]] = [{0: {**saved["optimizer"][0], "exp_avg": torch.zeros(3)}}, {0: {}}, {}]
     for change in changes:
         torch.save({**saved, "optimizer": change}, tmp_path / "checkpoint.pt")
-        assert run_stage(E, "train", "--resume", "--data-dir", shapes_dir, "--run-dir", tmp_path) == 1
+        assert run_stage(E, "train", "--resume", *common) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert str(tmp_path / "checkpoint.pt") in error
