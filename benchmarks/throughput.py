@@ -313,8 +313,10 @@ def main() -> None:
         sys.exit(f"throughput.py: error: {error}")
 
     bf16 = use_bf16(options.precision, device)
-    training = compiles_training(device, bf16) if options.compile is None else options.compile
-    options.compiled = {"train": training, "sample": bool(options.compile)}
+    options.compiled = {
+        "train": compiles_training(options.compile, device, bf16),
+        "sample": bool(options.compile),
+    }
     with tqdm(total=2 * options.repeats * len(options.stages), unit=" turns", disable=None) as bar:
         rows = [measure(stage, options, bar) for stage in options.stages]
     report = {

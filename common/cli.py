@@ -121,8 +121,7 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
             f"{training_options.epochs} epochs, {progress.epoch} done; {options.run_dir}",
             flush=True,
         )
-    compile = compiles_training(device, bf16) if options.compile is None else options.compile
-    if compile:
+    if compiles_training(options.compile, device, bf16):
         compile_model(model, training_options.batch_size // distributed.WORLD_SIZE, bf16, training=True)
     if is_first and options.overwrite:
         _remove_run(options.run_dir)

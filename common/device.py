@@ -53,12 +53,14 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def compiles_training(device: torch.device, bf16: bool) -> bool:
-    """Whether to compile the model for training, where --compile does not say: where it is known to pay.
+def compiles_training(choice: bool | None, device: torch.device, bf16: bool) -> bool:
+    """Whether to compile the model for training: as chosen, or, if nothing is (None), where it is known to pay.
 
     That is on GPUs, and in bf16 on CPUs with AMX, whose convolutions are so fast that what lies between them, which the
     compiler fuses, takes a good part of the time.
     """
+    if choice is not None:
+        return choice
     if device.type == "cuda":
         return True
     return device.type == "cpu" and bf16 and bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -97,7 +97,8 @@ class Trainer:
     Args:
         stage: name of the script, for the checkpoint.
         model_options: the stage's model options, for the checkpoint.
-        model: maps x_t (B, 3, 32, 32) and t (B,) to the noise in x_t; trained on the device where it lies.
+        model: maps x_t (B, 3, 32, 32) and t (B,) to the noise in x_t; trained on the device where it lies. Before the
+            first step, `device.compile_model` may compile it.
         options: see TrainingOptions. The number of processes must divide the batch size.
         bf16: run the model under bfloat16 autocast.
     """
@@ -120,10 +121,8 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         captures = on_gpu and distributed.WORLD_SIZE == 1
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True, capturable=captures)
-        # Adam warns of the first steps, which are not captured, and DistributedDataParallel of compiled convolutions,
-        # whose gradients have other strides, which for kernels of 1x1 mean the same.
+        # Adam warns of the first steps, which are not captured.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         self.ema = AveragedWeights(model, options.ema_decay)
         self.progress = Progress()
         # These two are read rarely: each reading makes a GPU wait.
@@ -135,6 +134,8 @@ class Trainer:
         if distributed.WORLD_SIZE > 1:
             self.forward = DistributedDataParallel(model, device_ids=[self.device] if on_gpu else None)
             self.forward.broadcast_buffers = False  # they are constants; no argument, for PyTorch 2.13 renamed that
+            # It warns of compiled kernels of 1x1, whose gradients have other strides, which mean the same for them.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         elif captures:
             self.update = GraphedFunction(self._update)
         self.averaged = noise_predictor(self.ema.module.eval(), bf16)

@@ -140,13 +140,16 @@ def test_a_device_that_is_not_there_is_a_usage_error() -> None:
         pick_device("cuda" if not torch.cuda.is_available() else "mps")
 
 
-def test_training_is_compiled_where_that_pays() -> None:
+def test_training_is_compiled_as_chosen_or_where_that_pays() -> None:
     cpu, gpu, mps = map(torch.device, ("cpu", "cuda", "mps"))
-    assert compiles_training(gpu, bf16=True)
-    assert compiles_training(gpu, bf16=False)
-    assert compiles_training(cpu, bf16=True) == torch.cpu.get_capabilities().get("amx_bf16", False)
-    assert not compiles_training(cpu, bf16=False)
-    assert not compiles_training(mps, bf16=True)
+    assert compiles_training(None, gpu, bf16=True)
+    assert compiles_training(None, gpu, bf16=False)
+    assert compiles_training(None, cpu, bf16=True) == torch.cpu.get_capabilities().get("amx_bf16", False)
+    assert not compiles_training(None, cpu, bf16=False)
+    assert not compiles_training(None, mps, bf16=True)
+    for device in (cpu, gpu, mps):
+        assert compiles_training(True, device, bf16=False)
+        assert not compiles_training(False, device, bf16=True)
 
 
 def test_precision_is_what_is_asked_for_or_what_the_processor_has() -> None:
