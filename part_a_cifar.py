@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.blocks import Downsample, PositionalEncoding, ResnetBlock, Upsample, group_norm, zero_init
 from common.cli import main
-from common.options import OptionGroup, Stage
+from common.options import OptionGroup, Stage, add_norm_groups
 
 
 class Model(nn.Module):
@@ -29,9 +29,10 @@ class Model(nn.Module):
     Args:
         num_steps: how many time steps there are.
         embed_dim: width of the time step's embedding.
+        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
     """
 
-    def __init__(self, num_steps: int = 1000, embed_dim: int = 64):
+    def __init__(self, num_steps: int = 1000, embed_dim: int = 64, norm_groups: int | None = None):
         super().__init__()
         self.embed = nn.Sequential(
             PositionalEncoding(embed_dim, num_steps),
@@ -40,28 +41,28 @@ class Model(nn.Module):
             nn.Linear(embed_dim, embed_dim),
             nn.ReLU(),
         )
-        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=nn.ReLU)
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=nn.ReLU, norm_groups=norm_groups)
 
         self.conv_in = nn.Conv2d(3, 16, kernel_size=3, padding=1)
 
         self.enc1_1 = block(16, 16)
         self.enc1_2 = block(16, 32)
-        self.downconv1 = Downsample(32)
+        self.downconv1 = Downsample(32, 32)
         self.enc2_1 = block(32, 32)
         self.enc2_2 = block(32, 64)
-        self.downconv2 = Downsample(64)
+        self.downconv2 = Downsample(64, 64)
 
         self.bottleneck_1 = block(64, 64)
         self.bottleneck_2 = block(64, 64)
 
-        self.upconv2 = Upsample(64)
+        self.upconv2 = Upsample(64, 64)
         self.dec2_1 = block(128, 64)
         self.dec2_2 = block(64, 32)
-        self.upconv1 = Upsample(32)
+        self.upconv1 = Upsample(32, 32)
         self.dec1_1 = block(64, 32)
         self.dec1_2 = block(32, 16)
 
-        self.norm_out = group_norm(16)
+        self.norm_out = group_norm(16, norm_groups)
         self.act_out = nn.ReLU()
         self.conv_out = zero_init(nn.Conv2d(16, 3, kernel_size=3, padding=1))
 
@@ -91,11 +92,11 @@ class Model(nn.Module):
 
 
 def add_options(model: OptionGroup, training: OptionGroup) -> None:
-    """Part A has no options of its own."""
+    add_norm_groups(model)
 
 
 def build_model(options: argparse.Namespace) -> Model:
-    return Model()
+    return Model(norm_groups=options.norm_groups)
 
 
 stage = Stage(__file__, __doc__, add_options, build_model, epochs=80)

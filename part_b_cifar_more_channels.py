@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.blocks import Downsample, PositionalEncoding, ResnetBlock, Upsample, group_norm, zero_init
 from common.cli import main
-from common.options import OptionGroup, Stage, multiple_of_32
+from common.options import OptionGroup, Stage, add_norm_groups, multiple_of_32
 
 
 class Model(nn.Module):
@@ -28,9 +28,10 @@ class Model(nn.Module):
     Args:
         num_steps: how many time steps there are.
         ch: width of the first level, a multiple of 32.
+        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
     """
 
-    def __init__(self, num_steps: int = 1000, ch: int = 32):
+    def __init__(self, num_steps: int = 1000, ch: int = 32, norm_groups: int | None = None):
         super().__init__()
         embed_dim = 4 * ch
         self.embed = nn.Sequential(
@@ -40,28 +41,28 @@ class Model(nn.Module):
             nn.Linear(embed_dim, embed_dim),
             nn.ReLU(),
         )
-        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=nn.ReLU)
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=nn.ReLU, norm_groups=norm_groups)
 
         self.conv_in = nn.Conv2d(3, ch, kernel_size=3, padding=1)
 
         self.enc1_1 = block(ch, ch)
         self.enc1_2 = block(ch, 2 * ch)
-        self.downconv1 = Downsample(2 * ch)
+        self.downconv1 = Downsample(2 * ch, 2 * ch)
         self.enc2_1 = block(2 * ch, 2 * ch)
         self.enc2_2 = block(2 * ch, 4 * ch)
-        self.downconv2 = Downsample(4 * ch)
+        self.downconv2 = Downsample(4 * ch, 4 * ch)
 
         self.bottleneck_1 = block(4 * ch, 4 * ch)
         self.bottleneck_2 = block(4 * ch, 4 * ch)
 
-        self.upconv2 = Upsample(4 * ch)
+        self.upconv2 = Upsample(4 * ch, 4 * ch)
         self.dec2_1 = block(8 * ch, 4 * ch)
         self.dec2_2 = block(4 * ch, 2 * ch)
-        self.upconv1 = Upsample(2 * ch)
+        self.upconv1 = Upsample(2 * ch, 2 * ch)
         self.dec1_1 = block(4 * ch, 2 * ch)
         self.dec1_2 = block(2 * ch, ch)
 
-        self.norm_out = group_norm(ch)
+        self.norm_out = group_norm(ch, norm_groups)
         self.act_out = nn.SiLU()  # the only one here; in part C it is everywhere
         self.conv_out = zero_init(nn.Conv2d(ch, 3, kernel_size=3, padding=1))
 
@@ -92,10 +93,11 @@ class Model(nn.Module):
 
 def add_options(model: OptionGroup, training: OptionGroup) -> None:
     model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
+    add_norm_groups(model)
 
 
 def build_model(options: argparse.Namespace) -> Model:
-    return Model(ch=options.model_channels)
+    return Model(ch=options.model_channels, norm_groups=options.norm_groups)
 
 
 stage = Stage(__file__, __doc__, add_options, build_model)

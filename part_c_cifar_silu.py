@@ -29,7 +29,7 @@ from common.blocks import (
     zero_init,
 )
 from common.cli import main
-from common.options import OptionGroup, Stage, multiple_of_32
+from common.options import OptionGroup, Stage, add_norm_groups, multiple_of_32
 
 
 class Model(nn.Module):
@@ -39,9 +39,16 @@ class Model(nn.Module):
         num_steps: how many time steps there are.
         ch: width of the first level, a multiple of 32.
         activation_fn: makes the activation of the whole network.
+        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
     """
 
-    def __init__(self, num_steps: int = 1000, ch: int = 32, activation_fn: ActivationFn = nn.SiLU):
+    def __init__(
+        self,
+        num_steps: int = 1000,
+        ch: int = 32,
+        activation_fn: ActivationFn = nn.SiLU,
+        norm_groups: int | None = None,
+    ):
         super().__init__()
         embed_dim = 4 * ch
         self.embed = nn.Sequential(
@@ -51,28 +58,28 @@ class Model(nn.Module):
             nn.Linear(embed_dim, embed_dim),
             activation_fn(),
         )
-        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn)
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn, norm_groups=norm_groups)
 
         self.conv_in = nn.Conv2d(3, ch, kernel_size=3, padding=1)
 
         self.enc1_1 = block(ch, ch)
         self.enc1_2 = block(ch, 2 * ch)
-        self.downconv1 = Downsample(2 * ch)
+        self.downconv1 = Downsample(2 * ch, 2 * ch)
         self.enc2_1 = block(2 * ch, 2 * ch)
         self.enc2_2 = block(2 * ch, 4 * ch)
-        self.downconv2 = Downsample(4 * ch)
+        self.downconv2 = Downsample(4 * ch, 4 * ch)
 
         self.bottleneck_1 = block(4 * ch, 4 * ch)
         self.bottleneck_2 = block(4 * ch, 4 * ch)
 
-        self.upconv2 = Upsample(4 * ch)
+        self.upconv2 = Upsample(4 * ch, 4 * ch)
         self.dec2_1 = block(8 * ch, 4 * ch)
         self.dec2_2 = block(4 * ch, 2 * ch)
-        self.upconv1 = Upsample(2 * ch)
+        self.upconv1 = Upsample(2 * ch, 2 * ch)
         self.dec1_1 = block(4 * ch, 2 * ch)
         self.dec1_2 = block(2 * ch, ch)
 
-        self.norm_out = group_norm(ch)
+        self.norm_out = group_norm(ch, norm_groups)
         self.act_out = activation_fn()
         self.conv_out = zero_init(nn.Conv2d(ch, 3, kernel_size=3, padding=1))
 
@@ -104,10 +111,15 @@ class Model(nn.Module):
 def add_options(model: OptionGroup, training: OptionGroup) -> None:
     model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
     model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
+    add_norm_groups(model)
 
 
 def build_model(options: argparse.Namespace) -> Model:
-    return Model(ch=options.model_channels, activation_fn=ACTIVATIONS[options.activation])
+    return Model(
+        ch=options.model_channels,
+        activation_fn=ACTIVATIONS[options.activation],
+        norm_groups=options.norm_groups,
+    )
 
 
 stage = Stage(__file__, __doc__, add_options, build_model)

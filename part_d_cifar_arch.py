@@ -31,7 +31,7 @@ from common.blocks import (
     zero_init,
 )
 from common.cli import main
-from common.options import OptionGroup, Stage, multiple_of_32
+from common.options import OptionGroup, Stage, add_norm_groups, multiple_of_32
 
 
 class Model(nn.Module):
@@ -41,9 +41,16 @@ class Model(nn.Module):
         num_steps: how many time steps there are.
         ch: width of the first level, a multiple of 32.
         activation_fn: makes the activation of the whole network.
+        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
     """
 
-    def __init__(self, num_steps: int = 1000, ch: int = 32, activation_fn: ActivationFn = nn.SiLU):
+    def __init__(
+        self,
+        num_steps: int = 1000,
+        ch: int = 32,
+        activation_fn: ActivationFn = nn.SiLU,
+        norm_groups: int | None = None,
+    ):
         super().__init__()
         embed_dim = 4 * ch
         self.embed = nn.Sequential(
@@ -53,17 +60,17 @@ class Model(nn.Module):
             nn.Linear(embed_dim, embed_dim),
             activation_fn(),
         )
-        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn)
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn, norm_groups=norm_groups)
 
         self.input_blocks = nn.ModuleList(
             [
                 nn.Conv2d(3, ch, kernel_size=3, padding=1),
                 block(ch, ch),
                 block(ch, ch),
-                Downsample(ch),
+                Downsample(ch, ch),
                 block(ch, 2 * ch),
                 block(2 * ch, 2 * ch),
-                Downsample(2 * ch),
+                Downsample(2 * ch, 2 * ch),
                 block(2 * ch, 2 * ch),
                 block(2 * ch, 2 * ch),
             ]
@@ -78,10 +85,10 @@ class Model(nn.Module):
             [
                 block(4 * ch, 2 * ch),
                 block(4 * ch, 2 * ch),
-                TimestepBlockSequential(block(4 * ch, 2 * ch), Upsample(2 * ch)),
+                TimestepBlockSequential(block(4 * ch, 2 * ch), Upsample(2 * ch, 2 * ch)),
                 block(4 * ch, 2 * ch),
                 block(4 * ch, 2 * ch),
-                TimestepBlockSequential(block(3 * ch, 2 * ch), Upsample(2 * ch)),
+                TimestepBlockSequential(block(3 * ch, 2 * ch), Upsample(2 * ch, 2 * ch)),
                 block(3 * ch, ch),
                 block(2 * ch, ch),
                 block(2 * ch, ch),
@@ -89,7 +96,7 @@ class Model(nn.Module):
         )
 
         self.out = nn.Sequential(
-            group_norm(ch),
+            group_norm(ch, norm_groups),
             activation_fn(),
             zero_init(nn.Conv2d(ch, 3, kernel_size=3, padding=1)),
         )
@@ -115,10 +122,15 @@ class Model(nn.Module):
 def add_options(model: OptionGroup, training: OptionGroup) -> None:
     model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
     model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
+    add_norm_groups(model)
 
 
 def build_model(options: argparse.Namespace) -> Model:
-    return Model(ch=options.model_channels, activation_fn=ACTIVATIONS[options.activation])
+    return Model(
+        ch=options.model_channels,
+        activation_fn=ACTIVATIONS[options.activation],
+        norm_groups=options.norm_groups,
+    )
 
 
 stage = Stage(__file__, __doc__, add_options, build_model)

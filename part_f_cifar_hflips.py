@@ -33,7 +33,7 @@ from common.blocks import (
     zero_init,
 )
 from common.cli import main
-from common.options import OptionGroup, Stage, multiple_of_32, whole_number
+from common.options import OptionGroup, Stage, add_norm_groups, multiple_of_32, whole_number
 
 
 class Model(nn.Module):
@@ -46,6 +46,7 @@ class Model(nn.Module):
         num_res_blocks: ResnetBlocks per level.
         channel_mult: width of each level, in model_channels; a level has half the resolution of the one before.
         num_steps: how many time steps there are.
+        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Model(nn.Module):
         num_res_blocks: int = 2,
         channel_mult: Sequence[int] = (2, 2, 2, 1),
         num_steps: int = 1000,
+        norm_groups: int | None = None,
     ):
         super().__init__()
         if len(channel_mult) > 6:
-            raise ValueError(f"--channel-mult: 32 x 32 pixels make 6 levels at most, got {len(channel_mult)}")
+            raise ValueError(f"channel_mult: 32 x 32 pixels make 6 levels at most, got {len(channel_mult)}")
         embed_dim = 4 * model_channels
         self.embed = nn.Sequential(
             PositionalEncoding(model_channels, num_steps),
@@ -68,7 +70,7 @@ class Model(nn.Module):
             nn.Linear(embed_dim, embed_dim),
             activation_fn(),
         )
-        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn)
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn, norm_groups=norm_groups)
 
         widths = [model_channels * mult for mult in channel_mult]
         last = len(widths) - 1
@@ -81,7 +83,7 @@ class Model(nn.Module):
                 ch = width
                 skip_channels.append(ch)
             if level < last:
-                self.input_blocks.append(Downsample(ch))
+                self.input_blocks.append(Downsample(ch, ch))
                 skip_channels.append(ch)
 
         self.middle_block = TimestepBlockSequential(*[block(ch, ch) for _ in range(num_res_blocks)])
@@ -92,11 +94,11 @@ class Model(nn.Module):
                 layers: list[nn.Module] = [block(ch + skip_channels.pop(), width)]
                 ch = width
                 if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(ch))
+                    layers.append(Upsample(ch, ch))
                 self.output_blocks.append(TimestepBlockSequential(*layers))
 
         self.out = nn.Sequential(
-            group_norm(ch),
+            group_norm(ch, norm_groups),
             activation_fn(),
             zero_init(nn.Conv2d(ch, image_channels, kernel_size=3, padding=1)),
         )
@@ -132,6 +134,7 @@ def add_options(model: OptionGroup, training: OptionGroup) -> None:
         default=[2, 2, 2, 1],
         help="width of each level, in multiples of --model-channels",
     )
+    add_norm_groups(model)
     training.add_argument(
         "--hflip", action=argparse.BooleanOptionalAction, default=False, help="flip images left-right by chance"
     )
@@ -143,6 +146,7 @@ def build_model(options: argparse.Namespace) -> Model:
         activation_fn=ACTIVATIONS[options.activation],
         num_res_blocks=options.num_res_blocks,
         channel_mult=options.channel_mult,
+        norm_groups=options.norm_groups,
     )
 
 

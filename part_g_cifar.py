@@ -32,15 +32,15 @@ from common.blocks import (
     zero_init,
 )
 from common.cli import main
-from common.options import OptionGroup, Stage, multiple_of_32, whole_number
+from common.options import OptionGroup, Stage, add_norm_groups, multiple_of_32, whole_number
 
 
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels of an image, with one head, added to its input."""
 
-    def __init__(self, in_channels: int):
+    def __init__(self, in_channels: int, norm_groups: int | None = None):
         super().__init__()
-        self.norm = group_norm(in_channels)
+        self.norm = group_norm(in_channels, norm_groups)
         self.qkv = nn.Conv1d(in_channels, 3 * in_channels, kernel_size=1)
         self.attn = nn.MultiheadAttention(in_channels, num_heads=1, batch_first=True)
         self.out = nn.Conv1d(in_channels, in_channels, kernel_size=1)
@@ -64,6 +64,7 @@ class Model(nn.Module):
         channel_mult: width of each level, in model_channels; a level has half the resolution of the one before.
         attention_resolutions: pixels a side of the levels whose blocks are followed by attention.
         num_steps: how many time steps there are.
+        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class Model(nn.Module):
         channel_mult: Sequence[int] = (2, 2, 2, 1),
         attention_resolutions: Sequence[int] = (16,),
         num_steps: int = 1000,
+        norm_groups: int | None = None,
     ):
         super().__init__()
         if len(channel_mult) > 6:
-            raise ValueError(f"--channel-mult: 32 x 32 pixels make 6 levels at most, got {len(channel_mult)}")
+            raise ValueError(f"channel_mult: 32 x 32 pixels make 6 levels at most, got {len(channel_mult)}")
         embed_dim = 4 * model_channels
         self.embed = nn.Sequential(
             PositionalEncoding(model_channels, num_steps),
@@ -87,13 +89,13 @@ class Model(nn.Module):
             nn.Linear(embed_dim, embed_dim),
             activation_fn(),
         )
-        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn)
+        block = partial(ResnetBlock, embed_dim=embed_dim, activation_fn=activation_fn, norm_groups=norm_groups)
 
         widths = [model_channels * mult for mult in channel_mult]
         last = len(widths) - 1
         resolutions = [32 // 2**level for level in range(len(widths))]
         if not set(attention_resolutions) <= set(resolutions):
-            raise ValueError(f"--attention-resolutions: must be among {resolutions}, got {list(attention_resolutions)}")
+            raise ValueError(f"attention_resolutions: must be among {resolutions}, got {list(attention_resolutions)}")
         ch = model_channels
         self.input_blocks = nn.ModuleList([nn.Conv2d(image_channels, ch, kernel_size=3, padding=1)])
         skip_channels = [ch]
@@ -102,15 +104,17 @@ class Model(nn.Module):
                 layers: list[nn.Module] = [block(ch, width)]
                 ch = width
                 if resolutions[level] in attention_resolutions:
-                    layers.append(AttentionBlock(ch))
+                    layers.append(AttentionBlock(ch, norm_groups))
                 self.input_blocks.append(TimestepBlockSequential(*layers))
                 skip_channels.append(ch)
             if level < last:
-                self.input_blocks.append(Downsample(ch))
+                self.input_blocks.append(Downsample(ch, ch))
                 skip_channels.append(ch)
 
         middle_blocks = [block(ch, ch) for _ in range(num_res_blocks)]
-        self.middle_block = TimestepBlockSequential(middle_blocks[0], AttentionBlock(ch), *middle_blocks[1:])
+        self.middle_block = TimestepBlockSequential(
+            middle_blocks[0], AttentionBlock(ch, norm_groups), *middle_blocks[1:]
+        )
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -118,13 +122,13 @@ class Model(nn.Module):
                 layers = [block(ch + skip_channels.pop(), width)]
                 ch = width
                 if resolutions[level] in attention_resolutions:
-                    layers.append(AttentionBlock(ch))
+                    layers.append(AttentionBlock(ch, norm_groups))
                 if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(ch))
+                    layers.append(Upsample(ch, ch))
                 self.output_blocks.append(TimestepBlockSequential(*layers))
 
         self.out = nn.Sequential(
-            group_norm(ch),
+            group_norm(ch, norm_groups),
             activation_fn(),
             zero_init(nn.Conv2d(ch, image_channels, kernel_size=3, padding=1)),
         )
@@ -167,6 +171,7 @@ def add_options(model: OptionGroup, training: OptionGroup) -> None:
         default=[16],
         help="pixels a side of the levels whose ResnetBlocks are followed by attention",
     )
+    add_norm_groups(model)
     training.add_argument(
         "--hflip", action=argparse.BooleanOptionalAction, default=True, help="flip images left-right by chance"
     )
@@ -179,6 +184,7 @@ def build_model(options: argparse.Namespace) -> Model:
         num_res_blocks=options.num_res_blocks,
         channel_mult=options.channel_mult,
         attention_resolutions=options.attention_resolutions,
+        norm_groups=options.norm_groups,
     )
 
 

@@ -24,17 +24,24 @@ def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at least four channels to a group, and at most 32 groups.
+def group_norm(channels: int, norm_groups: int | None = None) -> nn.GroupNorm:
+    """GroupNorm; by default with at least four channels to a group, and at most 32 groups.
 
     32 groups are DDPM's (arXiv:2006.11239), whose narrowest level has 128 channels. For fewer channels EDM's code
-    (arXiv:2206.00364) has the lower limit. A channel that is a group of its own would lose its mean: a colour, or the
+    (arXiv:2206.00364) has the lower limit. A channel that is a group of its own loses its mean: a colour, or the
     time step that ResnetBlock adds.
 
     Args:
-        channels: a multiple of 4; of 32 from 128 on.
+        channels: by default a multiple of 4; of 32 from 128 on.
+        norm_groups: another number of groups, which divides `channels`.
+
+    Raises:
+        ValueError: the channels cannot be split into so many groups.
     """
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    groups = min(32, channels // 4) if norm_groups is None else norm_groups
+    if groups < 1 or channels % groups:
+        raise ValueError(f"norm_groups: {channels} channels cannot be split into {groups} groups")
+    return nn.GroupNorm(groups, channels)
 
 
 class PositionalEncoding(nn.Module):
@@ -91,6 +98,7 @@ class ResnetBlock(TimestepBlock):
         in_channels, out_channels: numbers of channels that `group_norm` takes.
         embed_dim: width of the time step's embedding.
         activation_fn: makes the activation, for example `nn.SiLU`.
+        norm_groups: groups of both norms, see `group_norm`.
     """
 
     def __init__(
@@ -99,13 +107,14 @@ class ResnetBlock(TimestepBlock):
         out_channels: int,
         embed_dim: int,
         activation_fn: ActivationFn = nn.SiLU,
+        norm_groups: int | None = None,
     ):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, norm_groups)
         self.act1 = activation_fn()
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.embed_proj = nn.Linear(embed_dim, out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, norm_groups)
         self.act2 = activation_fn()
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
         self.shortcut: nn.Module = nn.Identity()
@@ -123,23 +132,23 @@ class ResnetBlock(TimestepBlock):
 class Downsample(nn.Module):
     """Halves height and width with a strided 3x3 convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W). Returns (B, C, H/2, W/2)."""
+        """x: (B, in_channels, H, W). Returns (B, out_channels, H/2, W/2)."""
         return self.conv(x)
 
 
 class Upsample(nn.Module):
     """Doubles height and width: nearest neighbours, then a 3x3 convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W). Returns (B, C, 2H, 2W)."""
+        """x: (B, in_channels, H, W). Returns (B, out_channels, 2H, 2W)."""
         return self.conv(self.upsample(x))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
-FORMAT = 2  # 1: the norms had other groups, and the same weights were another network
+FORMAT = 3
+READABLE = (2, 3)  # 2: there was no option --norm-groups; 1: the norms had other groups
 
 T = TypeVar("T")
 
@@ -81,10 +82,10 @@ def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
         contents = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(contents, dict) or "format" not in contents or "stage" not in contents:
         raise UserError(f"{path}: not a checkpoint of this project")
-    if contents["format"] != FORMAT:
+    if contents["format"] not in READABLE:
         raise UserError(
-            f"{path}: written in format {contents['format']}, but this version reads format {FORMAT}; train again, "
-            "or use the version that wrote it"
+            f"{path}: written in format {contents['format']}, but this version reads formats "
+            f"{' and '.join(map(str, READABLE))}; train again, or use the version that wrote it"
         )
     if contents["stage"] != stage:
         raise UserError(f"{path}: a checkpoint of {contents['stage']}.py, not of {stage}.py")

@@ -29,9 +29,9 @@ from common.device import (
 )
 from common.errors import UsageError, UserError
 from common.loss import HELD_OUT_BLOCK
-from common.options import Stage, check_saved_model_options, model_defaults, parse
+from common.options import Stage, flag, model_defaults, parse, saved_model_options
 from common.run_folder import locked
-from common.sampling import FILM_FORMATS, Film, noise_predictor, sample_images, save_grid
+from common.sampling import FILM_FORMATS, Film, default_steps, noise_predictor, sample_images, save_grid
 from common.schedule import NoiseSchedule
 from common.training import Progress, Trainer, TrainingOptions, train
 
@@ -154,11 +154,11 @@ def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], fi
     if not finished:
         names += ["data_dir", "data_url", "compile", "sample_every", "checkpoint_every"]
     for name in names:
-        flag, value = name.replace("_", "-"), getattr(options, name)
+        value = getattr(options, name)
         if name in typed and isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(flag(name) if value else flag(f"no_{name}"))
         elif name in typed:
-            words += [f"--{flag}", str(value)]
+            words += [flag(name), str(value)]
     return shlex.join(words)
 
 
@@ -322,11 +322,9 @@ def _check_output(option: str, path: Path | None, endings: list[str]) -> None:
 def _sampling_steps(options: argparse.Namespace) -> int:
     """How many time steps the sampler visits."""
     all_steps = NoiseSchedule().steps
-    steps = options.steps or (all_steps if options.sampler == "ddpm" else 50)
+    steps = options.steps or default_steps(options.sampler, all_steps)
     if steps > all_steps:
         raise UsageError(f"argument --steps: {all_steps} at most, got {steps}")
-    if options.sampler == "ddpm" and steps != all_steps:
-        raise UsageError(f"argument --steps: ddpm takes {all_steps} steps, got {steps}; --sampler ddim takes fewer")
     return steps
 
 
@@ -379,9 +377,9 @@ def _model_options(
     if saved is None:
         return asked
     with checkpoint.reading(path):
-        check_saved_model_options(stage, saved["model_options"])
-    _refuse_contradictions({name: asked[name] for name in typed & asked.keys()}, saved["model_options"], path)
-    return saved["model_options"]
+        model_options = saved_model_options(stage, saved["model_options"])
+    _refuse_contradictions({name: asked[name] for name in typed & asked.keys()}, model_options, path)
+    return model_options
 
 
 def _training_options(
@@ -402,16 +400,18 @@ def _refuse_contradictions(asked: dict[str, Any], saved: dict[str, Any], path: P
     for name, value in asked.items():
         if value != saved[name]:
             now, then = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (value, saved[name]))
-            raise UsageError(
-                f"argument --{name.replace('_', '-')}: {now} contradicts {path}, which was made with {then}"
-            )
+            then = "the default" if then is None else then
+            raise UsageError(f"argument {flag(name)}: {now} contradicts {path}, which was made with {then}")
 
 
 def _build_model(stage: Stage, model_options: dict[str, Any]) -> nn.Module:
     try:
         return stage.build_model(argparse.Namespace(**model_options))
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        name, _, reason = str(error).partition(
+            ": "
+        )  # a message that begins with an argument's name is about its option
+        raise UsageError(f"argument {flag(name)}: {reason}" if name in model_options else str(error)) from error
 
 
 def _remove_run(run_dir: Path) -> None:

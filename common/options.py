@@ -91,17 +91,25 @@ def model_defaults(stage: Stage) -> dict[str, Any]:
     return vars(_model_parser(stage).parse_args([]))
 
 
-def check_saved_model_options(stage: Stage, saved: dict[str, Any]) -> None:
-    """Makes sure that the options could have come from the command line, of which a checkpoint might know nothing.
+def saved_model_options(stage: Stage, saved: dict[str, Any]) -> dict[str, Any]:
+    """The model options of a checkpoint; one that it does not name, because it is older, has its default.
 
     Raises:
-        TypeError, ValueError, AttributeError: they could not.
+        TypeError, ValueError, AttributeError: they could not have come from the command line.
     """
     words = []
     for name, value in saved.items():
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    if vars(_model_parser(stage).parse_args(words)) != saved:
+        if value is not None:  # which is the default of an option that need not be given
+            words += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+    options = vars(_model_parser(stage).parse_args(words))
+    if {**options, **saved} != options:
         raise ValueError(f"its model options are {saved}")
+    return options
+
+
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
@@ -227,9 +235,9 @@ def _add_eval_options(group: OptionGroup) -> None:
 
 def _add_sampling_options(group: OptionGroup) -> None:
     group.add_argument("--seed", type=seed, default=0, help="of the noise")
-    group.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm takes every step, ddim a few")
+    group.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="with fresh noise in every step, or without")
     group.add_argument(
-        "--steps", type=whole_number(1), help="time steps to visit (default: 1000 for ddpm, 50 for ddim)"
+        "--steps", type=whole_number(1), help="time steps to visit, of 1000 (default: 1000 for ddpm, 50 for ddim)"
     )
     group.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as the last step left them"
@@ -263,6 +271,19 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
         action=argparse.BooleanOptionalAction,
         help="compile the model, which needs a C++ compiler (default: when training, on cuda and, in bf16, on "
         "processors with AMX)",
+    )
+
+
+# Options that several stages share
+
+
+def add_norm_groups(group: OptionGroup) -> None:
+    """--norm-groups: the chapter's own networks have 16 in part A and 32 from part B on."""
+    group.add_argument(
+        "--norm-groups",
+        type=whole_number(1, 1024),
+        help="groups of every GroupNorm; the chapter has 16 in part A, then 32 (default: one for every four channels, "
+        "32 at most)",
     )
 
 

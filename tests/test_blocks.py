@@ -66,6 +66,18 @@ def test_group_norm_has_four_channels_to_a_group_or_32_groups(channels: int, gro
     assert group_norm(channels).num_groups == groups
 
 
+@pytest.mark.parametrize(("channels", "norm_groups"), [(16, 16), (32, 1), (96, 32)])
+def test_group_norm_has_the_groups_that_it_is_told(channels: int, norm_groups: int) -> None:
+    block = ResnetBlock(channels, 2 * channels, 8, nn.ReLU, norm_groups)
+    assert (block.norm1.num_groups, block.norm2.num_groups) == (norm_groups, norm_groups)
+
+
+@pytest.mark.parametrize(("channels", "norm_groups"), [(16, 32), (32, 12), (2, None), (32, 0)])
+def test_channels_that_cannot_be_split_into_the_groups_are_told(channels: int, norm_groups: int | None) -> None:
+    with pytest.raises(ValueError, match=f"norm_groups: {channels} channels cannot be split into"):
+        group_norm(channels, norm_groups)
+
+
 @pytest.mark.parametrize("channels", [16, 32, 64, 128])
 def test_group_norm_keeps_what_sets_the_means_of_its_channels_apart(channels: int) -> None:
     x, means = torch.randn(2, channels, 8, 8), torch.randn(channels)
@@ -80,12 +92,12 @@ def test_resnet_block_takes_an_activation() -> None:
 
 def test_downsample_halves_and_upsample_doubles() -> None:
     x = torch.randn(2, 4, 8, 8)
-    assert Downsample(4)(x).shape == (2, 4, 4, 4)
-    assert Upsample(4)(x).shape == (2, 4, 16, 16)
+    assert Downsample(4, 6)(x).shape == (2, 6, 4, 4)
+    assert Upsample(4, 6)(x).shape == (2, 6, 16, 16)
 
 
 def test_upsample_repeats_pixels_before_its_convolution() -> None:
-    up = Upsample(1)
+    up = Upsample(1, 1)
     nn.init.dirac_(up.conv.weight)
     assert up.conv.bias is not None
     nn.init.zeros_(up.conv.bias)

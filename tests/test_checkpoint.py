@@ -15,7 +15,7 @@ from common.checkpoint import Checkpoint, atomic_write
 from common.errors import UserError
 from common.training import Trainer, TrainingOptions
 from part_a_cifar import Model
-from tests.conftest import Attack
+from tests.conftest import Attack, run_stage
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,18 @@ def test_foreign_checkpoints_are_refused(
     with pytest.raises(UserError, match=message) as error:
         checkpoint.load(path, "part_a_cifar")
     assert str(path) in str(error.value)
+
+
+def test_a_checkpoint_of_the_format_before_is_read(tmp_path: Path, contents: Checkpoint) -> None:
+    """It does not name the options that are new since; they have their defaults."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save({**contents, "format": 2, "model_options": {}}, path)
+    assert torch.equal(
+        checkpoint.load(path, "part_a_cifar")["ema"]["conv_in.weight"], contents["ema"]["conv_in.weight"]
+    )
+    draw = ("--checkpoint", path, "--num-images", 1, "--steps", 1, "--output", tmp_path / "samples.png")
+    assert run_stage("part_a_cifar", "test", *draw) == 0
+    assert run_stage("part_a_cifar", "test", *draw, "--norm-groups", 16) == 2
 
 
 def test_damaged_files_are_refused(tmp_path: Path, contents: Checkpoint) -> None:
