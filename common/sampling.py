@@ -22,29 +22,37 @@ FILM_FORMATS = {".webp": "WEBP", ".gif": "GIF"}
 
 
 @torch.no_grad()
-def ddpm(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Walks back through every time step (Algorithm 2 of DDPM, arXiv:2006.11239), with x0 clipped to [-1, 1].
+def ddpm(
+    model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, generator: torch.Generator, steps: int | None = None
+) -> Iterator[Tensor]:
+    """Walks back with fresh noise in every step (Algorithm 2 of DDPM, arXiv:2006.11239), x0 clipped to [-1, 1].
+
+    In fewer steps than the schedule has, it is the same walk on the strided schedule: DDIM's eq. 12 with the sigma of
+    its eq. 16 and eta = 1 (arXiv:2010.02502).
 
     Args:
         model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
         xt: standard normal noise (B, C, H, W).
         generator: of the noise that each step adds.
+        steps: how many of the schedule's time steps to visit, 1 to `schedule.steps`; by default all of them.
 
     Yields:
-        `schedule.steps` states (B, C, H, W): x_{T-2} first, the image in [-1, 1] last.
+        `steps` states (B, C, H, W); the last is the image in [-1, 1].
     """
-    for step in reversed(range(schedule.steps)):
-        t = torch.full((len(xt),), step, device=xt.device)
+    times = time_steps(schedule.steps, schedule.steps if steps is None else steps)
+    strided = schedule.strided(times)
+    for i in reversed(range(len(times))):
+        t = torch.full((len(xt),), times[i], device=xt.device)
         x0 = schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
-        mean, variance = schedule.posterior(x0, xt, t)
+        mean, variance = strided.posterior(x0, xt, torch.full_like(t, i))
         noise = torch.randn(xt.shape, generator=generator, device=xt.device)
-        xt = mean + variance.sqrt() * noise  # the variance is 0 at t = 0
+        xt = mean + variance.sqrt() * noise  # the variance is 0 at i = 0
         yield xt
 
 
 @torch.no_grad()
 def ddim(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, steps: int) -> Iterator[Tensor]:
-    """Walks back deterministically in fewer steps (DDIM, arXiv:2010.02502, eq. 12 with sigma = 0), x0 clipped.
+    """Walks back without fresh noise (DDIM, arXiv:2010.02502, eq. 12 with sigma = 0), x0 clipped to [-1, 1].
 
     Args:
         model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
@@ -54,26 +62,28 @@ def ddim(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, steps: int)
     Yields:
         `steps` states (B, C, H, W); the last is the image in [-1, 1].
     """
-    times = ddim_times(schedule.steps, steps)
-    for step, next_step in zip(times, [*times[1:], None]):
-        t = torch.full((len(xt),), step, device=xt.device)
+    times = time_steps(schedule.steps, steps)
+    for i in reversed(range(len(times))):
+        t = torch.full((len(xt),), times[i], device=xt.device)
         x0 = schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
-        if next_step is None:
-            xt = x0
-        else:
-            noise = schedule.implied_noise(x0, xt, t)  # of the clipped x0, not the model's own
-            xt = schedule.add_noise(x0, torch.full_like(t, next_step), noise)
+        noise = schedule.implied_noise(x0, xt, t)  # of the clipped x0, not the model's own
+        xt = schedule.add_noise(x0, torch.full_like(t, times[i - 1]), noise) if i > 0 else x0
         yield xt
 
 
-def ddim_times(schedule_steps: int, steps: int) -> list[int]:
-    """The time steps that DDIM visits: evenly spaced from the last one, `schedule_steps` - 1, downwards.
+def time_steps(schedule_steps: int, steps: int) -> list[int]:
+    """The time steps that a sampler visits, in ascending order: evenly spaced, the last one is `schedule_steps` - 1.
 
     This is "trailing" in Table 2 of arXiv:2305.08891: sampling starts where the training's noise is strongest.
     """
     if not 1 <= steps <= schedule_steps:
-        raise ValueError(f"steps must be from 1 to {schedule_steps}, got {steps}")
-    return [round(schedule_steps * (1 - i / steps)) - 1 for i in range(steps)]
+        raise ValueError(f"steps: must be from 1 to {schedule_steps}, got {steps}")
+    return [round(schedule_steps * (1 - i / steps)) - 1 for i in reversed(range(steps))]
+
+
+def default_steps(sampler: str, schedule_steps: int) -> int:
+    """How many time steps a sampler visits unless told otherwise: all for ddpm, as in its paper, 50 for ddim."""
+    return schedule_steps if sampler == "ddpm" else 50
 
 
 def noise_predictor(model: nn.Module, bf16: bool = False) -> NoisePredictor:
@@ -92,7 +102,7 @@ def sample_images(
     num_images: int,
     *,
     sampler: str = "ddpm",
-    steps: int = 50,
+    steps: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     bf16: bool = False,
@@ -104,7 +114,8 @@ def sample_images(
 
     Args:
         model: predicts noise; it and the schedule are on the same device.
-        sampler: "ddpm", which takes all the schedule's steps, or "ddim", which takes `steps`.
+        sampler: "ddpm" or "ddim".
+        steps: how many time steps to visit, see `default_steps`.
         seed: the images depend on it, on `batch_size` and on the device.
         bf16: run the model under bfloat16 autocast.
         progress: show a bar on stderr, where that is a terminal.
@@ -114,6 +125,9 @@ def sample_images(
     Returns:
         uint8 (num_images, 3, 32, 32) in main memory, the same whether spread or not.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: must be {' or '.join(SAMPLERS)}, got {sampler!r}")
+    steps = default_steps(sampler, schedule.steps) if steps is None else steps
     device = schedule.beta.device
     predict_noise = noise_predictor(model, bf16)
     was_training = model.training
@@ -123,16 +137,14 @@ def sample_images(
         starts = starts[distributed.RANK :: distributed.WORLD_SIZE]
         progress = progress and distributed.RANK == 0
     chunks = {}
-    total = sum(min(batch_size, num_images - start) for start in starts) * (
-        schedule.steps if sampler == "ddpm" else steps
-    )
+    total = sum(min(batch_size, num_images - start) for start in starts) * steps
     with tqdm(total=total, unit=" image steps", desc=sampler, disable=None if progress else True) as bar:
         for start in starts:
             generator = random_generator(device, seed, "sample", start)
             shape = (min(batch_size, num_images - start), *IMAGE_SHAPE)
             xt = torch.randn(shape, generator=generator, device=device)
             if sampler == "ddpm":
-                states = ddpm(predict_noise, schedule, xt, generator)
+                states = ddpm(predict_noise, schedule, xt, generator, steps)
             else:
                 states = ddim(predict_noise, schedule, xt, steps)
             if watch and start == 0:

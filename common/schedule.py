@@ -1,5 +1,7 @@
 """The DDPM forward process q and its posterior (arXiv:2006.11239, section 2)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +29,15 @@ class NoiseSchedule(nn.Module):
 
     def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
         super().__init__()
-        self.steps = steps
-        beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+        self._set_beta(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64))
+
+    def _set_beta(self, beta: Tensor) -> None:
+        """Everything follows from beta, float64 (steps,)."""
+        self.steps = len(beta)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
-        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        alpha_bar_prev = _shifted(alpha_bar)
+        self._exact_alpha_bar = alpha_bar
         constants = {
             "beta": beta,
             "alpha": alpha,
@@ -45,6 +51,20 @@ class NoiseSchedule(nn.Module):
         }
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
+
+    def strided(self, times: Sequence[int]) -> "NoiseSchedule":
+        """The same process in fewer, larger steps: its step i leads as far as this one's step `times[i]`.
+
+        So alpha_bar is that of these time steps, and beta follows from it: improved-diffusion (arXiv:2102.09672,
+        section 4). All of a schedule's time steps give the schedule itself.
+
+        Args:
+            times: ascending, each from 0 to steps - 1.
+        """
+        alpha_bar = self._exact_alpha_bar[list(times)]
+        strided = NoiseSchedule(len(times))
+        strided._set_beta(1 - alpha_bar / _shifted(alpha_bar))
+        return strided.to(self.beta.device)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t drawn from q(x_t | x0) in one go (eq. 4), with the standard normal `noise` (B, C, H, W)."""
@@ -65,6 +85,11 @@ class NoiseSchedule(nn.Module):
         """
         mean = _at(self._posterior_x0_scale, t) * x0 + _at(self._posterior_xt_scale, t) * xt
         return mean, _at(self._posterior_variance, t)
+
+
+def _shifted(alpha_bar: Tensor) -> Tensor:
+    """alpha_bar of the step before each, which is 1 before the first."""
+    return torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
 
 
 def _at(constants: Tensor, t: Tensor) -> Tensor:

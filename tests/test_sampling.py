@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from common.sampling import Film, NoisePredictor, ddim, ddim_times, ddpm, sample_images, save_grid
+from common.sampling import Film, NoisePredictor, ddim, ddpm, default_steps, sample_images, save_grid, time_steps
 from common.schedule import NoiseSchedule
 
 
@@ -35,15 +35,46 @@ def weak_model(xt: Tensor, t: Tensor) -> Tensor:
     return 0.9 * torch.tanh(xt) + 0.1 * torch.cos(t[:, None, None, None] / 100)
 
 
-def test_ddpm_is_that_of_diffusers_at_every_step(schedule: NoiseSchedule) -> None:
-    theirs = DDPMScheduler(variance_type="fixed_small", clip_sample=True)
-    generator = torch.Generator().manual_seed(1)
+def test_ddpm_is_algorithm_2_to_the_last_bit(schedule: NoiseSchedule) -> None:
+    """With as many steps as the schedule has, it visits each of them with the schedule's own constants."""
     xt = expected = noise(2, 3, 8, 8)
+    generator = torch.Generator().manual_seed(1)
     states = list(ddpm(weak_model, schedule, xt, torch.Generator().manual_seed(1)))
     assert len(states) == 1000
-    for t, state in zip(reversed(range(1000)), states):
+    for step, state in zip(reversed(range(1000)), states):
+        t = torch.tensor([step, step])
+        x0 = schedule.estimate_x0(expected, t, weak_model(expected, t)).clamp(-1, 1)
+        mean, variance = schedule.posterior(x0, expected, t)
+        expected = mean + variance.sqrt() * torch.randn(expected.shape, generator=generator)
+        assert torch.equal(state, expected)
+
+
+@pytest.mark.parametrize("steps", [1000, 500, 50, 10, 1])
+def test_ddpm_is_that_of_diffusers_at_every_step(schedule: NoiseSchedule, steps: int) -> None:
+    theirs = DDPMScheduler(variance_type="fixed_small", clip_sample=True, timestep_spacing="trailing")
+    theirs.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(1)
+    expected = noise(2, 3, 8, 8)
+    states = list(ddpm(weak_model, schedule, expected, torch.Generator().manual_seed(1), steps))
+    assert len(states) == steps
+    for t, state in zip(theirs.timesteps.tolist(), states):
         expected = theirs.step(weak_model(expected, torch.tensor([t, t])), t, expected, generator=generator).prev_sample
         # Theirs takes 1 - alpha_bar from the rounded alpha_bar, which shows in the last steps.
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 50, 250])
+def test_ddpm_in_fewer_steps_is_ddim_of_diffusers_with_eta_1(schedule: NoiseSchedule, steps: int) -> None:
+    theirs = DDIMScheduler(clip_sample=True, timestep_spacing="trailing")
+    theirs.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(1)
+    expected = noise(2, 3, 8, 8)
+    states = list(ddpm(weak_model, schedule, expected, torch.Generator().manual_seed(1), steps))
+    for t, state in zip(theirs.timesteps.tolist(), states):
+        pred_noise = weak_model(expected, torch.tensor([t, t]))
+        expected = theirs.step(
+            pred_noise, t, expected, eta=1.0, use_clipped_model_output=True, generator=generator
+        ).prev_sample
         torch.testing.assert_close(state, expected, rtol=0, atol=1e-3)
 
 
@@ -51,7 +82,7 @@ def test_ddpm_is_that_of_diffusers_at_every_step(schedule: NoiseSchedule) -> Non
 def test_ddim_is_that_of_diffusers_at_every_step(schedule: NoiseSchedule, steps: int) -> None:
     theirs = DDIMScheduler(clip_sample=True, timestep_spacing="trailing")
     theirs.set_timesteps(steps)
-    assert theirs.timesteps.tolist() == ddim_times(1000, steps)
+    assert theirs.timesteps.tolist() == time_steps(1000, steps)[::-1]
     expected = noise(2, 3, 8, 8)
     states = list(ddim(weak_model, schedule, expected, steps))
     assert len(states) == steps
@@ -62,18 +93,26 @@ def test_ddim_is_that_of_diffusers_at_every_step(schedule: NoiseSchedule, steps:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 333, 999, 1000])
-def test_ddim_times_start_at_the_last_step_and_fall(steps: int) -> None:
-    times = ddim_times(1000, steps)
+def test_time_steps_rise_to_the_last_one(steps: int) -> None:
+    times = time_steps(1000, steps)
     assert len(times) == steps
-    assert times[0] == 999
-    assert times[-1] >= 0
-    assert all(a > b for a, b in itertools.pairwise(times))
+    assert times[0] >= 0
+    assert times[-1] == 999
+    assert all(a < b for a, b in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_ddim_refuses_more_steps_than_there_are_or_none(steps: int) -> None:
+def test_more_steps_than_there_are_or_none_are_refused(schedule: NoiseSchedule, steps: int) -> None:
     with pytest.raises(ValueError, match="1 to 1000"):
-        ddim_times(1000, steps)
+        time_steps(1000, steps)
+    for sampler in ("ddpm", "ddim"):
+        with pytest.raises(ValueError, match="1 to 1000"):
+            sample_images(Untrained(), schedule, 1, sampler=sampler, steps=steps)
+
+
+def test_an_unknown_sampler_is_refused(schedule: NoiseSchedule) -> None:
+    with pytest.raises(ValueError, match="must be ddpm or ddim, got 'DDPM'"):
+        sample_images(Untrained(), schedule, 1, sampler="DDPM")
 
 
 def gaussian_denoiser(schedule: NoiseSchedule, mean: float, std: float) -> NoisePredictor:
@@ -99,27 +138,29 @@ def gaussian_samples(sampler: str, steps: int, mean: float, std: float) -> tuple
         now, then = alpha_bar[t], alpha_bar[times[i + 1]] if i + 1 < steps else 1.0
         gain = std**2 * math.sqrt(now) / (std**2 * now + 1 - now)  # x0 = gain * xt + offset
         offset = mean * (1 - gain * math.sqrt(now))
-        if sampler == "ddpm":
-            x0_scale, xt_scale = math.sqrt(then) * beta[t] / (1 - now), math.sqrt(1 - beta[t]) * (1 - then) / (1 - now)
-            added = beta[t] * (1 - then) / (1 - now)
-        else:
-            xt_scale, added = math.sqrt((1 - then) / (1 - now)), 0.0
-            x0_scale = math.sqrt(then) - xt_scale * math.sqrt(now)
+        eta = 1 if sampler == "ddpm" else 0
+        added = eta**2 * (1 - then) / (1 - now) * (1 - now / then)  # DDIM, eq. 16, squared
+        xt_scale = math.sqrt((1 - then - added) / (1 - now))  # eq. 12
+        x0_scale = math.sqrt(then) - xt_scale * math.sqrt(now)
         drawn_mean = (x0_scale * gain + xt_scale) * drawn_mean + x0_scale * offset
         drawn_variance = (x0_scale * gain + xt_scale) ** 2 * drawn_variance + added
     return drawn_mean, math.sqrt(drawn_variance)
 
 
-@pytest.mark.parametrize(("sampler", "steps", "error"), [("ddpm", 1000, 0.05), ("ddim", 1000, 0.02), ("ddim", 50, 0.2)])
+@pytest.mark.parametrize(
+    ("sampler", "steps", "error"),
+    [("ddpm", 1000, 0.03), ("ddpm", 50, 0.25), ("ddim", 1000, 0.02), ("ddim", 50, 0.2)],
+)
 def test_ideal_denoiser_of_a_gaussian_draws_that_gaussian(
     schedule: NoiseSchedule, sampler: str, steps: int, error: float
 ) -> None:
-    """Up to what the sampler's own steps cost, which is computed exactly."""
+    """Up to what the sampler's own steps cost, which is computed exactly: the variance of ddpm's steps takes the
+    guessed image for certain, so in few steps its samples vary too little."""
     mean, std = 0.3, 0.15
     xt = noise(16, 3, 32, 32)
     model = gaussian_denoiser(schedule, mean, std)
     generator = torch.Generator().manual_seed(1)
-    x0 = last(ddpm(model, schedule, xt, generator) if sampler == "ddpm" else ddim(model, schedule, xt, steps))
+    x0 = last(ddpm(model, schedule, xt, generator, steps) if sampler == "ddpm" else ddim(model, schedule, xt, steps))
     drawn_mean, drawn_std = gaussian_samples(sampler, steps, mean, std)
     assert drawn_mean == pytest.approx(mean, abs=0.001)
     assert drawn_std == pytest.approx(std, rel=error)
@@ -127,8 +168,10 @@ def test_ideal_denoiser_of_a_gaussian_draws_that_gaussian(
     assert x0.std().item() == pytest.approx(drawn_std, rel=4 / math.sqrt(2 * x0.numel()))
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_ideal_denoiser_of_four_images_draws_each_of_them_equally_often(schedule: NoiseSchedule, sampler: str) -> None:
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddpm", 50), ("ddim", 50)])
+def test_ideal_denoiser_of_four_images_draws_each_of_them_equally_often(
+    schedule: NoiseSchedule, sampler: str, steps: int
+) -> None:
     images = torch.where(noise(4, 3, 4, 4, seed=3) > 0, 0.9, -0.9)
 
     def model(xt: Tensor, t: Tensor) -> Tensor:
@@ -140,7 +183,7 @@ def test_ideal_denoiser_of_four_images_draws_each_of_them_equally_often(schedule
 
     xt = noise(1000, 3, 4, 4)
     generator = torch.Generator().manual_seed(1)
-    x0 = last(ddpm(model, schedule, xt, generator) if sampler == "ddpm" else ddim(model, schedule, xt, 50))
+    x0 = last(ddpm(model, schedule, xt, generator, steps) if sampler == "ddpm" else ddim(model, schedule, xt, steps))
     distance, nearest = torch.cdist(x0.flatten(1), images.flatten(1)).min(dim=1)
     assert distance.median() < 0.02
     assert (distance < 0.1).float().mean() > 0.99
@@ -151,6 +194,7 @@ def test_ideal_denoiser_of_four_images_draws_each_of_them_equally_often(schedule
 def test_images_stay_in_range_however_weak_the_model(schedule: NoiseSchedule) -> None:
     for states in (
         ddpm(weak_model, schedule, noise(2, 3, 8, 8), torch.Generator().manual_seed(0)),
+        ddpm(weak_model, schedule, noise(2, 3, 8, 8), torch.Generator().manual_seed(0), 50),
         ddim(weak_model, schedule, noise(2, 3, 8, 8), 50),
     ):
         x0 = last(states)
@@ -168,6 +212,12 @@ class Untrained(nn.Module):
         assert not self.training
         assert not torch.is_grad_enabled()
         return self.conv(x)
+
+
+def test_a_sampler_takes_the_steps_of_its_paper_unless_told_otherwise(schedule: NoiseSchedule) -> None:
+    assert (default_steps("ddpm", schedule.steps), default_steps("ddim", schedule.steps)) == (1000, 50)
+    assert not torch.equal(draw(schedule, sampler="ddpm"), draw(schedule, sampler="ddpm", steps=4))
+    assert torch.equal(draw(schedule, sampler="ddim", steps=None), draw(schedule, sampler="ddim", steps=50))
 
 
 def draw(schedule: NoiseSchedule, num_images: int = 5, **options: object) -> Tensor:

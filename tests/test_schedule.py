@@ -103,3 +103,32 @@ def test_noising_and_posterior_stay_in_float32_under_autocast(schedule: NoiseSch
     for a, b in zip(plain, inside):
         assert b.dtype == torch.float32
         assert torch.equal(a, b)
+
+
+def test_a_schedule_strided_by_one_is_the_schedule_to_the_last_bit(schedule: NoiseSchedule) -> None:
+    ours, theirs = (dict(s.named_buffers()) for s in (schedule.strided(range(1000)), schedule))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_strided_schedule_adds_the_noise_of_the_steps_between(schedule: NoiseSchedule) -> None:
+    beta, alpha, alpha_bar = exact()
+    strided = schedule.strided([0, 10, 500, 999])
+    assert strided.steps == 4
+    np.testing.assert_allclose(strided.alpha_bar.numpy(), alpha_bar[[0, 10, 500, 999]], rtol=1e-6)
+    np.testing.assert_allclose(strided.alpha.numpy()[2], math.prod(alpha[11:501]), rtol=1e-6)
+    np.testing.assert_allclose(strided.beta.numpy()[0], beta[0], rtol=1e-6)
+
+
+def test_the_posterior_of_a_strided_schedule_is_bayes_rule(schedule: NoiseSchedule) -> None:
+    """q(x_s | x_t, x0), in float64: the product of q(x_s | x0) and, as a function of x_s, q(x_t | x_s)."""
+    s, t, x0, xt = 100, 300, 0.4, -0.7
+    _, alpha, alpha_bar = exact()
+    jump = math.prod(alpha[s + 1 : t + 1])  # x_t = sqrt(jump) x_s + sqrt(1 - jump) noise
+    precision = jump / (1 - jump) + 1 / (1 - alpha_bar[s])
+    expected = (xt * math.sqrt(jump) / (1 - jump) + x0 * math.sqrt(alpha_bar[s]) / (1 - alpha_bar[s])) / precision
+    one = torch.ones(1, 1, 1, 1)
+    mean, variance = schedule.strided([s, t]).posterior(x0 * one, xt * one, torch.tensor([1]))
+    assert mean.item() == pytest.approx(expected, rel=1e-5)
+    assert variance.item() == pytest.approx(1 / precision, rel=1e-5)
