@@ -1,6 +1,11 @@
 """The scripts in benchmarks/ that need no data set and no patience."""
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,66 +13,151 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import make_assets
+from benchmarks import train_chapter
 from benchmarks.mean_colour import errors_by_range
 from benchmarks.throughput import flops_per_image
 from common import checkpoint
 from common.sampling import save_grid
 from common.training import Trainer, TrainingOptions, train
-from part_a_cifar import Model
+from tests.tiny_run import Tiny
 
 
 @pytest.fixture
-def runs_dir(tmp_path: Path, images: Tensor) -> Path:
-    """A run of stage A of two epochs on a few images of noise, and what `test` and `eval` leave there."""
-    run_dir = tmp_path / "runs" / "part_a_cifar"
-    trainer = Trainer("part_a_cifar", {}, Model(), TrainingOptions(epochs=2, batch_size=22))
-    train(trainer, images, images, run_dir, sample_every=0)
-    pictures = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
-    for name in ("samples.png", "samples/epoch-0001.png", "samples/epoch-0002.png"):
-        save_grid(pictures, run_dir / name)
-    estimate = {"mean": 0.5, "standard_error": 0.25}
-    report = {"checkpoint": str(run_dir), "epochs": 2, "steps": trainer.progress.step, "weights": "ema"}
-    report |= {"loss": estimate, "bits_per_dim": {"total": estimate}}
-    (run_dir / "eval.json").write_text(json.dumps(report))
-    return run_dir.parent
+def campaign(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Makes the commands of a campaign short: `train` trains a tiny network on a few images of noise, `test` and `eval`
+    leave what they would. Returns the list of those called."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], deadline: float | None = None) -> int:
+        name, what, words = Path(command[1]).stem, command[2], command[3:]
+        calls.append([name, what, *words])
+        if what == "train":
+            folder, epochs = Path(words[words.index("--run-dir") + 1]), int(words[words.index("--epochs") + 1])
+            trainer = Trainer(name, {}, Tiny(), TrainingOptions(epochs=epochs, batch_size=44))
+            if (folder / "checkpoint.pt").exists():
+                trainer.restore(checkpoint.load(folder / "checkpoint.pt", name))
+            train(trainer, images, images[:2], folder, sample_every=0)
+            save_grid(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), folder / "samples" / f"epoch-{epochs:04d}.png")
+        else:
+            path = Path(words[words.index("--checkpoint") + 1])
+            saved = checkpoint.load(path, name, ema_only=True)
+            estimate = {"mean": 0.5, "standard_error": 0.25}
+            numbers = {"checkpoint": str(path), "epochs": saved["progress"]["epoch"], "loss": estimate}
+            numbers["bits_per_dim"] = {"total": estimate}
+            if what == "eval":
+                (path.parent / "eval.json").write_text(json.dumps(numbers))
+            else:
+                save_grid(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), path.parent / "samples.png")
+        return 0
+
+    monkeypatch.setattr(train_chapter, "run", run)
+    return calls
 
 
-def test_make_assets_makes_weights_pictures_and_the_table(
-    runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def run_chapter(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr("sys.argv", ["train_chapter.py", *map(str, words)])
+    train_chapter.main()
+
+
+def test_stages_take_turns_up_to_each_milestone_and_go_on_where_they_are(
+    campaign: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assets = tmp_path / "assets"
-    arguments = ["--runs-dir", str(runs_dir), "--assets-dir", str(assets), "--progress-of", "A"]
-    monkeypatch.setattr("sys.argv", ["make_assets.py", *arguments])
-    make_assets.main()
+    words = ("--runs", tmp_path, "--stages", "A", "F", "--device", "cpu")
+    run_chapter(monkeypatch, *words, "--epochs", 2)
+    turns = [(name, words[words.index("--epochs") + 1], "--hflip" in words) for name, _, *words in campaign]
+    a, f = "part_a_cifar", "part_f_cifar_hflips"
+    assert turns == [(a, "1", False), (f, "1", True), (a, "2", False), (f, "2", True)]
+    assert all(words[-2:] == ["--device", "cpu"] for words in campaign)
+    campaign.clear()
+    run_chapter(monkeypatch, *words, "--epochs", 2)
+    assert campaign == []
+    run_chapter(monkeypatch, *words, "--epochs", 5)
+    assert len(campaign) == 2
+    for name in (a, f):
+        assert train_chapter.milestones(tmp_path / name) == [1, 2, 5]
+        saved = checkpoint.load(tmp_path / name / "milestones" / "epoch-0002" / "checkpoint.pt", name, ema_only=True)
+        assert len(saved["progress"]["log"]) == 2
 
-    saved = checkpoint.load(assets / "weights" / "part_a_cifar.pt", "part_a_cifar", ema_only=True)
-    Model().load_state_dict(saved["ema"])
-    assert saved["progress"]["epoch"] == 2
-    for name in ("part-a-cifar-output", "progress", "ladder", "losses", "forward-noising"):
+
+def test_weights_that_an_interruption_left_out_are_kept_the_next_time(
+    campaign: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--runs", tmp_path, "--stages", "A", "--epochs", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_chapter, "keep", lambda *arguments: None)
+        run_chapter(patch, *words)
+    assert train_chapter.milestones(tmp_path / "part_a_cifar") == []
+    run_chapter(monkeypatch, *words)
+    assert len(campaign) == 1
+    assert train_chapter.milestones(tmp_path / "part_a_cifar") == [1]
+
+
+def test_the_report_fills_assets_from_the_runs(
+    campaign: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_chapter, "ROOT", tmp_path)
+    words = ("--runs", tmp_path / "runs", "--data-dir", tmp_path)
+    run_chapter(monkeypatch, *words, "--epochs", 1)
+    run_chapter(monkeypatch, *words, "--epochs", 2, "--stages", "A", "G")
+    campaign.clear()
+    run_chapter(monkeypatch, *words, "--report")
+    assert len(campaign) == 2 * (7 + 2)  # `test` and `eval` of every stage after one epoch, of A and G after two
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| [")]
+    assert rows[0] == (
+        "| [A](part_a_cifar.py) | 16 channels, ReLU | 559,331 | 0.30 | 1 | 0.0 | 0.5000 ± 0.2500 | 0.50 ± 0.25 |"
+    )
+    assert [(row[3], row.split(" | ")[4]) for row in rows] == [
+        *((letter, "1") for letter in "ABCDEFG"),
+        ("A", "2"),
+        ("G", "2"),
+    ]
+    assets = tmp_path / "assets"
+    for name, stage in (("part-a-cifar", "part_a_cifar"), ("part-h-cifar-attn", "part_g_cifar")):
+        with Image.open(assets / f"{name}-output.png") as grid:
+            assert grid.size == (548, 548)
+        saved = checkpoint.load(assets / "weights" / f"{stage}.pt", stage, ema_only=True)
+        assert saved["progress"]["epoch"] == 2
+        assert len((assets / "logs" / f"{stage}.csv").read_text().splitlines()) == 3
+    for name in ("ladder", "progress", "losses", "forward-noising"):
         with Image.open(assets / f"{name}.png") as image:
             image.load()
-    assert str(tmp_path) not in (assets / "logs" / "part_a_cifar.json").read_text()
-    rows = capsys.readouterr().out.splitlines()[-7:]
-    assert rows[0] == (
-        "| [A](part_a_cifar.py) | 16 channels, ReLU | 559,331 | 0.30 | 2 | 0 | 0.5000 ± 0.2500 | 0.50 ± 0.25 |"
-    )
-    assert all("not trained yet" in row for row in rows[1:])
+    assert str(tmp_path) not in (assets / "logs" / "part_a_cifar-0001.json").read_text()
+    campaign.clear()
+    run_chapter(monkeypatch, *words, "--report")
+    assert campaign == []
 
 
-@pytest.mark.parametrize("file", ["samples.png", "eval.json"])
-def test_make_assets_refuses_what_is_not_of_the_finished_run(
-    file: str, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = runs_dir / "part_a_cifar" / file
-    if file == "samples.png":
-        save_grid(torch.zeros(16, 3, 32, 32, dtype=torch.uint8), path)
-    else:
-        path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 1}))
-    arguments = ["--runs-dir", str(runs_dir), "--assets-dir", str(tmp_path / "assets")]
-    monkeypatch.setattr("sys.argv", ["make_assets.py", *arguments])
-    with pytest.raises(SystemExit, match=file):
-        make_assets.main()
+SAVES_WHEN_TOLD = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    pathlib.Path("saved").touch()
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+
+
+def test_at_the_deadline_the_stage_is_asked_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train_chapter.run([sys.executable, "-c", SAVES_WHEN_TOLD], time.monotonic() + 3) == 0
+    assert Path("saved").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_makes_the_stage_save(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt() -> None:
+        while not Path("ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
+    assert train_chapter.run([sys.executable, "-c", SAVES_WHEN_TOLD]) == 128 + signal.SIGTERM
+    assert Path("saved").exists()
+    assert train_chapter.run([sys.executable, "-c", "raise SystemExit(3)"]) == 3
 
 
 @pytest.mark.parametrize(("what", "factor"), [("sample", 1000), ("train", 3)])

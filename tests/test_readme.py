@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.make_assets import results_table
+from benchmarks.train_chapter import results_table
 from common import checkpoint
 from common.data import load_images, to_float
 from common.loss import diffusion_loss
@@ -99,7 +99,7 @@ def test_the_weights_of_every_stage_have_learned_to_guess_noise(name: str) -> No
     stage: Stage = importlib.import_module(name).stage
     assert stage.weights.stat().st_size < 5e6
     saved = checkpoint.load(stage.weights, name, ema_only=True)
-    report = json.loads((ROOT / "assets" / "logs" / f"{name}.json").read_text())
+    report = json.loads((ROOT / "assets" / "logs" / f"{name}-{saved['progress']['epoch']:04d}.json").read_text())
     assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (report["epochs"], report["steps"])
     model = stage.build_model(argparse.Namespace(**saved["model_options"])).eval()
     model.load_state_dict(saved["ema"])

@@ -1,0 +1,342 @@
+"""Trains the whole chapter, and makes from it every number and every picture that README.md shows.
+
+    python benchmarks/train_chapter.py                               # every stage to its documented epochs
+    python benchmarks/train_chapter.py --epochs 20 --minutes 600     # 20 epochs each; stops after ten hours
+    python benchmarks/train_chapter.py --processes 8                 # eight processes a stage, by torchrun
+    python benchmarks/train_chapter.py --report                      # the tables and pictures of what is there
+
+The stages take turns: each is trained up to one milestone before any is trained further, so that at any time all of
+them can be compared. Ctrl-C, SIGTERM and --minutes stop it; the same command goes on from there. What each stage has
+learned at a milestone, its averaged weights and its log, stays in RUNS/part_x/milestones/. Options that this script
+does not know are handed on to `train`, for example --device cuda or --precision fp32.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.throughput import SCHEDULE_STEPS, STAGES, flops_per_image, new_model
+from common import checkpoint
+from common.data import random_generator, to_float, to_uint8
+from common.errors import UserError
+from common.options import positive_float, whole_number
+from common.run_folder import LOG_COLUMNS
+from common.schedule import NoiseSchedule
+from common.shapes import draw_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+MILESTONES = (1, 5, 20, 60, 80, 120)  # epochs after which the averaged weights are kept
+GRIDS = {"F": "part-f-cifar-aug-output.png", "G": "part-h-cifar-attn-output.png"}  # the others have the script's name
+IDEAS = ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")
+ROW = (0, 0, 274, 36)  # the first eight pictures of a grid of 8 x 8
+TIMES = (0, 50, 100, 200, 300, 450, 600, 999)
+
+
+# Training
+
+
+def train(letters: list[str], options: argparse.Namespace, more: list[str]) -> None:
+    """Trains the stages in turn, milestone by milestone.
+
+    Raises:
+        SystemExit: a stage could not be trained, or was told to stop.
+    """
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
+    goals = {letter: options.epochs or documented_epochs(letter) for letter in letters}
+    for milestone in sorted({*MILESTONES, *goals.values()}):
+        for letter in letters:
+            run_dir = options.runs / STAGES[letter]
+            if milestone > goals[letter]:
+                continue
+            if epochs_done(letter, run_dir) < milestone:
+                print(f"part {letter}: training up to {milestone} epochs", flush=True)
+                words = ["--resume", "--epochs", str(milestone), "--sample-every", str(milestone)]
+                words += ["--run-dir", str(run_dir), "--data-dir", str(options.data_dir)]
+                words += [*(["--hflip"] if letter == "F" else []), *more]
+                status = run(stage_command(letter, "train", words, options.processes), deadline)
+                if status:
+                    sys.exit(f"train_chapter.py: part {letter} ended with status {status}; the same command goes on")
+                if epochs_done(letter, run_dir) < milestone:
+                    return  # the minutes are over
+            keep(letter, run_dir, milestone)
+
+
+def documented_epochs(letter: str) -> int:
+    epochs: int = importlib.import_module(STAGES[letter]).stage.epochs
+    return epochs
+
+
+def epochs_done(letter: str, run_dir: Path) -> int:
+    path = run_dir / "checkpoint.pt"
+    return checkpoint.load(path, STAGES[letter])["progress"]["epoch"] if path.exists() else 0
+
+
+def keep(letter: str, run_dir: Path, epoch: int) -> None:
+    """Keeps the averaged weights, in half precision, and the log that goes with them, of a run that is there now."""
+    path = milestone_dir(run_dir, epoch) / "checkpoint.pt"
+    saved = checkpoint.load(run_dir / "checkpoint.pt", STAGES[letter])
+    if saved["progress"]["epoch"] == epoch and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_weights(path, saved)
+        print(f"{path}: kept", flush=True)
+
+
+def milestone_dir(run_dir: Path, epoch: int) -> Path:
+    return run_dir / "milestones" / f"epoch-{epoch:04d}"
+
+
+def stage_command(letter: str, command: str, words: list[str], processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / f"{STAGES[letter]}.py"), command, *words]
+
+
+def run(command: list[str], deadline: float | None = None) -> int:
+    """Runs a command; at the deadline, of `time.monotonic`, and when this process is told to stop, it is asked to end.
+
+    Returns:
+        Its exit status; 0 if it was the deadline.
+    """
+    with subprocess.Popen(command) as child:
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            child.terminate()  # after Ctrl-C too, which a terminal sends to the child as well: a second one would kill
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return child.wait(None if deadline is None else max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
+            return 0
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+# What is made of it
+
+
+def report(options: argparse.Namespace, assets: Path) -> None:
+    """Fills assets/ from the runs, as far as there are any, and prints README's table of results."""
+    for folder in (assets / "weights", assets / "logs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = {letter: milestones(options.runs / STAGES[letter]) for letter in STAGES}
+    common = max(set.intersection(*({*epochs} for epochs in kept.values())), default=0)
+    for letter, epochs in kept.items():
+        for epoch in sorted({common, max(epochs, default=0)} - {0}):
+            measure(letter, milestone_dir(options.runs / STAGES[letter], epoch), options.data_dir)
+            publish(letter, milestone_dir(options.runs / STAGES[letter], epoch), assets)
+    last = max(kept["G"], default=0)
+    if common:
+        ladder(options.runs, common, last, assets)
+    if last > 1:
+        progress(options.runs / STAGES["G"], kept["G"], assets)
+    losses(assets)
+    forward_noising(assets)
+    if (options.data_dir / CIFAR10.base_folder).exists():
+        example_images(options.data_dir, assets)
+    print(results_table(assets))
+
+
+def milestones(run_dir: Path) -> list[int]:
+    """The epochs whose weights are kept, in ascending order."""
+    return sorted(int(path.parent.name.removeprefix("epoch-")) for path in run_dir.glob("milestones/*/checkpoint.pt"))
+
+
+def measure(letter: str, folder: Path, data_dir: Path) -> None:
+    """Draws the grid and measures the numbers of one milestone, unless that has been done."""
+    commands = {"samples.png": ("test", []), "eval.json": ("eval", ["--data-dir", str(data_dir)])}
+    for name, (command, words) in commands.items():
+        if not (folder / name).exists():
+            checkpoint_words = ["--checkpoint", str(folder / "checkpoint.pt")]
+            status = run(stage_command(letter, command, [*checkpoint_words, *words]))
+            if status:
+                sys.exit(f"train_chapter.py: part {letter}'s {command} has stopped with status {status}")
+
+
+def publish(letter: str, folder: Path, assets: Path) -> None:
+    """Copies one milestone to assets/; called in ascending order, so that the furthest one's weights and grid stay."""
+    name = STAGES[letter]
+    shutil.copy(folder / "checkpoint.pt", assets / "weights" / f"{name}.pt")
+    with Image.open(folder / "samples.png") as grid:
+        grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(assets / grid_name(letter))
+    saved = checkpoint.load(folder / "checkpoint.pt", name, ema_only=True)
+    with open(assets / "logs" / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(saved["progress"]["log"])
+    numbers = json.loads((folder / "eval.json").read_text())
+    del numbers["checkpoint"]  # where it was on this machine
+    (assets / "logs" / f"{name}-{numbers['epochs']:04d}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def grid_name(letter: str) -> str:
+    return GRIDS.get(letter, f"{STAGES[letter].replace('_', '-')}-output.png")
+
+
+def read_log(assets: Path, letter: str) -> list[dict[str, float]]:
+    with open(assets / "logs" / f"{STAGES[letter]}.csv", newline="") as file:
+        return [{name: float(row[name]) for name in LOG_COLUMNS} for row in csv.DictReader(file)]
+
+
+def read_numbers(assets: Path) -> dict[str, dict[int, Any]]:
+    """What `eval` has measured: of each stage, by epoch."""
+    return {
+        letter: {int(path.stem[-4:]): json.loads(path.read_text()) for path in (assets / "logs").glob(f"{name}-*.json")}
+        for letter, name in STAGES.items()
+    }
+
+
+def results_table(assets: Path) -> str:
+    """README's table of results: a row for each stage after equally many epochs, then those that went further."""
+    numbers = read_numbers(assets)
+    common = max(set.intersection(*({*by_epoch} for by_epoch in numbers.values())), default=0)
+    rows = [(letter, common) for letter in STAGES if common]
+    rows += [(letter, max(numbers[letter])) for letter in STAGES if max(numbers[letter], default=0) > common]
+    lines = [
+        "| stage | idea | parameters | GFLOP per image | epochs | hours | held-out loss | bits/dim |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for letter, epoch in rows:
+        parameters = sum(p.numel() for p in new_model(letter).parameters())
+        gflop = flops_per_image(letter, "sample") / SCHEDULE_STEPS / 1e9
+        hours = sum(row["seconds"] for row in read_log(assets, letter)[:epoch]) / 3600
+        loss, bits = numbers[letter][epoch]["loss"], numbers[letter][epoch]["bits_per_dim"]["total"]
+        cells = [f"[{letter}]({STAGES[letter]}.py)", idea(letter), f"{parameters:,}", f"{gflop:.2f}"]
+        cells += [str(epoch), f"{hours:.1f}", f"{loss['mean']:.4f} ± {loss['standard_error']:.4f}"]
+        cells += [f"{bits['mean']:.2f} ± {bits['standard_error']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def idea(letter: str) -> str:
+    return IDEAS[list(STAGES).index(letter)]
+
+
+# Pictures
+
+
+def ladder(runs: Path, epoch: int, last: int, assets: Path) -> None:
+    """A row of pictures for each stage after equally many epochs, and one for G's last, from the same eight noises."""
+    rows = [(f"{letter}  {idea(letter)}", milestone_dir(runs / STAGES[letter], epoch)) for letter in STAGES]
+    if last > epoch:
+        rows.append((f"G  {last} epochs", milestone_dir(runs / STAGES["G"], last)))
+    picture_rows([(label, folder / "samples.png") for label, folder in rows], assets / "ladder.png")
+
+
+def progress(run_dir: Path, epochs: list[int], assets: Path) -> None:
+    """What one stage draws from the same noise, milestone by milestone, with its losses."""
+    losses = {row["epoch"]: row["held_out_loss"] for row in read_log(assets, "G")}
+    grids = {epoch: run_dir / "samples" / f"epoch-{epoch:04d}.png" for epoch in epochs}
+    rows = [(f"epoch {e}\nloss {losses[e]:.4f}", path) for e, path in grids.items() if path.exists()]
+    picture_rows(rows, assets / "progress.png")
+
+
+def picture_rows(rows: list[tuple[str, Path]], path: Path) -> None:
+    """One row of eight pictures, the first of a grid, for each (label, grid), three times as large."""
+    figure = Figure(figsize=(8, 0.9 * len(rows)), dpi=120)
+    room = {"left": 0.2, "right": 1, "bottom": 0, "top": 1, "hspace": 0}  # for the labels, on the left
+    for axes, (label, grid) in zip(figure.subplots(len(rows), squeeze=False, gridspec_kw=room)[:, 0], rows):
+        with Image.open(grid) as image:
+            axes.imshow(image.crop(ROW).resize((3 * ROW[2], 3 * ROW[3]), Image.Resampling.NEAREST))
+        axes.set(xticks=[], yticks=[], anchor="E")
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    save(figure, path)
+
+
+def losses(assets: Path) -> None:
+    """Held-out loss against the epoch."""
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for letter in STAGES:
+        if (assets / "logs" / f"{STAGES[letter]}.csv").exists():
+            rows = read_log(assets, letter)
+            label = f"{letter}  {idea(letter)}"
+            axes.plot([row["epoch"] for row in rows], [row["held_out_loss"] for row in rows], ".-", label=label)
+    axes.set(xlabel="epoch", ylabel="held-out loss of the averaged weights", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(ScalarFormatter())
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    save(figure, assets / "losses.png")
+
+
+def forward_noising(assets: Path) -> None:
+    """What the forward process makes of three drawn shapes; the columns are the time steps of TIMES."""
+    x0 = to_float(torch.from_numpy(draw_shapes(3)))
+    noise = torch.randn(x0.shape, generator=random_generator("cpu", 0, "forward noising", 0))
+    schedule = NoiseSchedule()
+    columns = [to_uint8(schedule.add_noise(x0, torch.full((3,), t), noise)) for t in TIMES]
+    images = torch.stack(columns, dim=1).flatten(0, 1)  # (3 * times, 3, 32, 32), row by row
+    image_table(images, [f"t = {t}" for t in TIMES], assets / "forward-noising.png")
+
+
+def example_images(data_dir: Path, assets: Path) -> None:
+    """Training images of CIFAR-10: the first six of each class, a column for each."""
+    data = CIFAR10(data_dir)
+    labels = torch.tensor(data.targets)
+    columns = [torch.from_numpy(data.data)[labels == label][:6] for label in range(10)]  # (6, 32, 32, 3) each
+    images = torch.stack(columns, dim=1).flatten(0, 1).permute(0, 3, 1, 2)
+    image_table(images, data.classes, assets / "mnist-example-data.png")
+
+
+def image_table(images: torch.Tensor, titles: list[str], path: Path) -> None:
+    """uint8 images (rows * columns, 3, 32, 32) at twice their size or more, with a title over each column."""
+    rows, columns = len(images) // len(titles), len(titles)
+    figure = Figure(figsize=(0.98 * columns, 0.98 * rows + 0.25), dpi=100, layout="constrained")
+    for number, (axes, image) in enumerate(zip(figure.subplots(rows, columns).flat, images)):
+        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_axis_off()
+        if number < columns:
+            axes.set_title(titles[number], fontsize=9)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--epochs", type=whole_number(1), help="of each stage (default: 80 for A, 120 for the others)")
+    parser.add_argument("--minutes", type=positive_float, help="to stop after (default: no limit)")
+    parser.add_argument("--processes", type=whole_number(1), default=1, help="that train a stage together (default: 1)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders (default: runs)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
+    parser.add_argument("--report", action="store_true", help="train nothing; fill assets/ from the runs")
+    options, more = parser.parse_known_args()
+    try:
+        if options.report:
+            report(options, ROOT / "assets")
+        else:
+            train(options.stages, options, more)
+    except UserError as error:
+        sys.exit(f"train_chapter.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
