@@ -1,12 +1,14 @@
-"""How much of the held-out loss is an error of the mean colour, for the weights in assets/weights.
+"""How much of the held-out loss is an error of the mean colour.
 
-    python benchmarks/mean_colour.py --stages A --data-dir data
+    python benchmarks/mean_colour.py                                         # of the weights of stage A in assets/
+    python benchmarks/mean_colour.py --checkpoint runs/chapter/checkpoint.pt # of a run, here with --norm-groups 16
 
 The mean over an image's pixels is 3 of its 3,072 numbers. The noise's mean over 32 x 32 pixels has a variance of
 1 / 1024, so a network that answers 0 for it has an error of about that. The last column has the exact number.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -14,14 +16,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.throughput import STAGES, new_model
+from benchmarks.throughput import STAGES
 from common import checkpoint
 from common.data import load_images
 from common.errors import UserError
 from common.loss import HELD_OUT_BLOCK, held_out_draws
+from common.options import Stage, saved_model_options
 from common.schedule import NoiseSchedule
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 RANGES = 10  # of the time steps
 
 
@@ -49,22 +51,25 @@ def errors_by_range(model: torch.nn.Module, images: torch.Tensor) -> torch.Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["A"])
+    parser.add_argument("--stage", choices=STAGES, default="A")
+    parser.add_argument("--checkpoint", type=Path, help="of that stage (default: the weights in assets/weights)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
     options = parser.parse_args()
+    stage: Stage = importlib.import_module(STAGES[options.stage]).stage
+    path = options.checkpoint or stage.weights
     try:
+        saved = checkpoint.load(path, stage.name, ema_only=True)
         images = load_images("cifar10", options.data_dir, train=False)
-        print("| stage | time steps | loss | of the mean colour | share | guessed as 0 |")
-        print("|---|---|---|---|---|---|")
-        for letter in options.stages:
-            name = STAGES[letter]
-            model = new_model(letter).eval()
-            model.load_state_dict(checkpoint.load(ASSETS / "weights" / f"{name}.pt", name, ema_only=True)["ema"])
-            for number, (loss, part, nothing) in enumerate(errors_by_range(model, images).tolist()):
-                steps = f"{number * 1000 // RANGES} to {(number + 1) * 1000 // RANGES - 1}"
-                print(f"| {letter} | {steps} | {loss:.5f} | {part:.5f} | {part / loss:.0%} | {nothing:.5f} |")
+        model = stage.build_model(argparse.Namespace(**saved_model_options(stage, saved["model_options"]))).eval()
+        model.load_state_dict(saved["ema"])
+        errors = errors_by_range(model, images)
     except UserError as error:
         sys.exit(f"mean_colour.py: error: {error}")
+    print(f"{path}, after {saved['progress']['epoch']} epochs; loss {errors[:, 0].mean():.5f}\n")
+    print("| time steps | loss | of the mean colour | share | guessed as 0 |\n|---|---|---|---|---|")
+    for number, (loss, part, nothing) in enumerate(errors.tolist()):
+        steps = f"{number * 1000 // RANGES} to {(number + 1) * 1000 // RANGES - 1}"
+        print(f"| {steps} | {loss:.5f} | {part:.5f} | {part / loss:.0%} | {nothing:.5f} |")
 
 
 if __name__ == "__main__":

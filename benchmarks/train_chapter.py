@@ -47,6 +47,7 @@ MILESTONES = (1, 5, 20, 60, 80, 120)  # epochs after which the averaged weights 
 GRIDS = {"F": "part-f-cifar-aug-output.png", "G": "part-h-cifar-attn-output.png"}  # the others have the script's name
 IDEAS = ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")
 ROW = (0, 0, 274, 36)  # the first eight pictures of a grid of 8 x 8
+SAMPLERS = (("ddim", 50), ("ddim", 400), ("ddpm", 50), ("ddpm", 1000))
 TIMES = (0, 50, 100, 200, 300, 450, 600, 999)
 
 
@@ -147,6 +148,8 @@ def report(options: argparse.Namespace, assets: Path) -> None:
     last = max(kept["G"], default=0)
     if common:
         ladder(options.runs, common, last, assets)
+    if last:
+        samplers(milestone_dir(options.runs / STAGES["G"], last), assets)
     if last > 1:
         progress(options.runs / STAGES["G"], kept["G"], assets)
     losses(assets)
@@ -162,14 +165,17 @@ def milestones(run_dir: Path) -> list[int]:
 
 
 def measure(letter: str, folder: Path, data_dir: Path) -> None:
-    """Draws the grid and measures the numbers of one milestone, unless that has been done."""
-    commands = {"samples.png": ("test", []), "eval.json": ("eval", ["--data-dir", str(data_dir)])}
-    for name, (command, words) in commands.items():
-        if not (folder / name).exists():
-            checkpoint_words = ["--checkpoint", str(folder / "checkpoint.pt")]
-            status = run(stage_command(letter, command, [*checkpoint_words, *words]))
-            if status:
-                sys.exit(f"train_chapter.py: part {letter}'s {command} has stopped with status {status}")
+    """Draws the grid and measures the numbers of one milestone."""
+    make(letter, folder / "samples.png", "test", [])
+    make(letter, folder / "eval.json", "eval", ["--data-dir", str(data_dir)])
+
+
+def make(letter: str, path: Path, command: str, words: list[str]) -> None:
+    """Makes a file with the weights that are kept beside it, unless it is there."""
+    if not path.exists():
+        status = run(stage_command(letter, command, ["--checkpoint", str(path.parent / "checkpoint.pt"), *words]))
+        if status:
+            sys.exit(f"train_chapter.py: part {letter}'s {command} ended with status {status}")
 
 
 def publish(letter: str, folder: Path, assets: Path) -> None:
@@ -240,6 +246,20 @@ def ladder(runs: Path, epoch: int, last: int, assets: Path) -> None:
     if last > epoch:
         rows.append((f"G  {last} epochs", milestone_dir(runs / STAGES["G"], last)))
     picture_rows([(label, folder / "samples.png") for label, folder in rows], assets / "ladder.png")
+
+
+def samplers(folder: Path, assets: Path) -> None:
+    """Sixteen pictures by G from the same start, with fresh noise in each step and without, in few steps and many."""
+    figure = Figure(figsize=(8, 8.4), dpi=100, layout="constrained")
+    for axes, (sampler, steps) in zip(figure.subplots(2, 2).flat, SAMPLERS):
+        path = folder / f"{sampler}-{steps}.png"
+        words = ["--sampler", sampler, "--steps", str(steps), "--num-images", "16", "--output", str(path)]
+        make("G", path, "test", words)
+        with Image.open(path) as grid:
+            axes.imshow(grid, interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(f"{sampler.upper()}, {steps} steps", fontsize=10)
+    save(figure, assets / "samplers.png")
 
 
 def progress(run_dir: Path, epochs: list[int], assets: Path) -> None:

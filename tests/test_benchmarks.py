@@ -47,7 +47,10 @@ def campaign(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) ->
             if what == "eval":
                 (path.parent / "eval.json").write_text(json.dumps(numbers))
             else:
-                save_grid(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), path.parent / "samples.png")
+                output = (
+                    Path(words[words.index("--output") + 1]) if "--output" in words else path.parent / "samples.png"
+                )
+                save_grid(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), output)
         return 0
 
     monkeypatch.setattr(train_chapter, "run", run)
@@ -101,7 +104,8 @@ def test_the_report_fills_assets_from_the_runs(
     run_chapter(monkeypatch, *words, "--epochs", 2, "--stages", "A", "G")
     campaign.clear()
     run_chapter(monkeypatch, *words, "--report")
-    assert len(campaign) == 2 * (7 + 2)  # `test` and `eval` of every stage after one epoch, of A and G after two
+    # `test` and `eval` of every stage after one epoch, of A and G after two; G's four ways to sample
+    assert len(campaign) == 2 * (7 + 2) + 4
     rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| [")]
     assert rows[0] == (
         "| [A](part_a_cifar.py) | 16 channels, ReLU | 559,331 | 0.30 | 1 | 0.0 | 0.5000 ± 0.2500 | 0.50 ± 0.25 |"
@@ -118,7 +122,7 @@ def test_the_report_fills_assets_from_the_runs(
         saved = checkpoint.load(assets / "weights" / f"{stage}.pt", stage, ema_only=True)
         assert saved["progress"]["epoch"] == 2
         assert len((assets / "logs" / f"{stage}.csv").read_text().splitlines()) == 3
-    for name in ("ladder", "progress", "losses", "forward-noising"):
+    for name in ("ladder", "progress", "samplers", "losses", "forward-noising"):
         with Image.open(assets / f"{name}.png") as image:
             image.load()
     assert str(tmp_path) not in (assets / "logs" / "part_a_cifar-0001.json").read_text()
