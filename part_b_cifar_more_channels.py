@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks import Downsample, PositionalEncoding, ResnetBlock, Upsample, group_norm, zero_init
-from common.cli import main
-from common.options import OptionGroup, Stage, add_norm_groups, multiple_of_32
+from common.run.cli import main
+from common.run.options import OptionGroup, Stage, add_norm_groups, multiple_of_32
 
 
 class Model(nn.Module):

@@ -28,8 +28,8 @@ from common.blocks import (
     group_norm,
     zero_init,
 )
-from common.cli import main
-from common.options import OptionGroup, Stage, add_norm_groups, multiple_of_32
+from common.run.cli import main
+from common.run.options import OptionGroup, Stage, add_norm_groups, multiple_of_32
 
 
 class Model(nn.Module):

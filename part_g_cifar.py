@@ -31,8 +31,8 @@ from common.blocks import (
     group_norm,
     zero_init,
 )
-from common.cli import main
-from common.options import OptionGroup, Stage, add_norm_groups, multiple_of_32, whole_number
+from common.run.cli import main
+from common.run.options import OptionGroup, Stage, add_norm_groups, multiple_of_32, whole_number
 
 
 class AttentionBlock(nn.Module):

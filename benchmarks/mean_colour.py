@@ -17,12 +17,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.throughput import STAGES
-from common import checkpoint
-from common.data import load_images
-from common.errors import UserError
-from common.loss import HELD_OUT_BLOCK, held_out_draws
-from common.options import Stage, saved_model_options
-from common.schedule import NoiseSchedule
+from common.diffusion import NoiseSchedule
+from common.likelihood import HELD_OUT_BLOCK, held_out_draws
+from common.run import checkpoint
+from common.run.datasets import load_images
+from common.run.errors import UserError
+from common.run.options import Stage, saved_model_options
 
 RANGES = 10  # of the time steps
 

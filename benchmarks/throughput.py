@@ -37,13 +37,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.data import IMAGE_SHAPE, load_images, shuffled_batches
-from common.device import compile_model, compiles_training, keep_freed_memory, pick_device, use_bf16
-from common.errors import UserError
-from common.options import whole_number
-from common.sampling import ddpm, noise_predictor
-from common.schedule import NoiseSchedule
-from common.training import Trainer, TrainingOptions
+from common.diffusion import NoiseSchedule, ddpm
+from common.run.datasets import IMAGE_SHAPE, load_images
+from common.run.device import (
+    compile_model,
+    compiles_training,
+    keep_freed_memory,
+    noise_predictor,
+    pick_device,
+    use_bf16,
+)
+from common.run.errors import UserError
+from common.run.loop import Run, RunOptions
+from common.run.options import whole_number
 
 STAGES = {
     "A": "part_a_cifar",
@@ -87,15 +93,11 @@ def plain_training(stage: str, device: torch.device, data_dir: Path) -> Iterator
 
 def our_training(stage: str, device: torch.device, data_dir: Path, bf16: bool, compile: bool) -> Iterator[None]:
     model = new_model(stage).to(device)
-    options = TrainingOptions(batch_size=BATCH_SIZE, hflip=stage in FLIPPED)
-    trainer = Trainer(stage, {}, model, options, bf16)
+    run = Run(stage, {}, model, RunOptions(epochs=10**9, batch_size=BATCH_SIZE, hflip=stage in FLIPPED), bf16)
     if compile:
         compile_model(model, BATCH_SIZE, bf16, training=True)
-    images = load_images("cifar10", data_dir).to(device)
-    for epoch in itertools.count():
-        for batch in shuffled_batches(images, BATCH_SIZE, options.seed, epoch):
-            trainer.step(batch)
-            yield
+    for _ in run.steps(load_images("cifar10", data_dir).to(device)):
+        yield
 
 
 def plain_sampling(stage: str, device: torch.device) -> Iterator[None]:

@@ -34,13 +34,13 @@ from torchvision.datasets import CIFAR10
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.throughput import SCHEDULE_STEPS, STAGES, flops_per_image, new_model
-from common import checkpoint
 from common.data import random_generator, to_float, to_uint8
-from common.errors import UserError
-from common.options import positive_float, whole_number
-from common.run_folder import LOG_COLUMNS
-from common.schedule import NoiseSchedule
-from common.shapes import draw_shapes
+from common.diffusion import NoiseSchedule
+from common.run import checkpoint
+from common.run.errors import UserError
+from common.run.folder import LOG_COLUMNS
+from common.run.options import positive_float, whole_number
+from common.run.shapes import draw_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 MILESTONES = (1, 5, 20, 60, 80, 120)  # epochs after which the averaged weights are kept

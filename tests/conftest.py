@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.cli import main
-from common.options import Stage
+from common.run.cli import main
+from common.run.options import Stage
 
 # What is promised bit for bit is promised for the CPU, and several processes need no GPU each there. test_device.py
 # also tests a GPU, if it is told which: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_device.py

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from benchmarks import train_chapter
 from benchmarks.mean_colour import errors_by_range
 from benchmarks.throughput import flops_per_image
-from common import checkpoint
-from common.sampling import save_grid
-from common.training import Trainer, TrainingOptions, train
+from common.run import checkpoint
+from common.run.loop import Run, RunOptions, train
+from common.run.pictures import save_grid
 from tests.tiny_run import Tiny
 
 
@@ -33,7 +33,7 @@ def campaign(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) ->
         calls.append([name, what, *words])
         if what == "train":
             folder, epochs = Path(words[words.index("--run-dir") + 1]), int(words[words.index("--epochs") + 1])
-            trainer = Trainer(name, {}, Tiny(), TrainingOptions(epochs=epochs, batch_size=44))
+            trainer = Run(name, {}, Tiny(), RunOptions(epochs=epochs, batch_size=44))
             if (folder / "checkpoint.pt").exists():
                 trainer.restore(checkpoint.load(folder / "checkpoint.pt", name))
             train(trainer, images, images[:2], folder, sample_every=0)

@@ -10,19 +10,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import checkpoint
-from common.checkpoint import Checkpoint, atomic_write
-from common.errors import UserError
-from common.training import Trainer, TrainingOptions
+from common.run import checkpoint
+from common.run.checkpoint import Checkpoint, atomic_write
+from common.run.errors import UserError
+from common.run.loop import Run, RunOptions
 from part_a_cifar import Model
 from tests.conftest import Attack, run_stage
 
 
 @pytest.fixture(scope="module")
 def contents() -> Checkpoint:
-    trainer = Trainer("part_a_cifar", {"model_channels": 32}, Model(), TrainingOptions())
-    trainer.step(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    return trainer.checkpoint()
+    run = Run("part_a_cifar", {"model_channels": 32}, Model(), RunOptions(batch_size=2))
+    next(run.steps(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)))
+    return run.checkpoint()
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path, contents: Checkpoint) -> None:

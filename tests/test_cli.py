@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from common import __version__, checkpoint
-from common.options import Stage, make_parser, parse
+from common import __version__
+from common.run import checkpoint
+from common.run.options import Stage, make_parser, parse
 from tests.conftest import STAGES, run_stage
 
 A, B, C, D, E, F, G = STAGES
@@ -462,7 +463,9 @@ def test_a_checkpoint_that_makes_no_sense_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("common.cli.load_images", lambda *a, **o: torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    few = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    for module in ("train", "evaluate"):
+        monkeypatch.setattr(f"common.run.{module}.load_images", lambda *arguments, **options: few)
     saved: dict[str, Any] = dict(checkpoint.load(run_dir / "checkpoint.pt", E))
     changed = {**saved[part], **change}
     saved[part] = {name: value for name, value in changed.items() if value is not None}

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
-from common.data import _load_shapes, load_images, random_generator, random_hflip, shuffled_batches, to_float, to_uint8
-from common.errors import UserError
-from common.shapes import KINDS, draw_shapes
+from common.data import random_generator, random_hflip, shuffled_batches, to_float, to_uint8
+from common.run.datasets import _load_shapes, load_images
+from common.run.errors import UserError
+from common.run.shapes import KINDS, draw_shapes
 from tests.conftest import Attack
 
 
@@ -49,8 +50,8 @@ def test_shapes_differ_from_picture_to_picture_and_lie_on_a_white_ground() -> No
 
 
 def test_damaged_shapes_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.data.TRAINING_IMAGES", 60)
-    monkeypatch.setattr("common.data.HELD_OUT_IMAGES", 40)
+    monkeypatch.setattr("common.run.datasets.TRAINING_IMAGES", 60)
+    monkeypatch.setattr("common.run.datasets.HELD_OUT_IMAGES", 40)
 
     def load() -> Tensor:
         _load_shapes.cache_clear()
@@ -140,15 +141,26 @@ def test_cifar10_comes_from_another_address(
 
 def test_an_epoch_holds_every_image_once(images: Tensor) -> None:
     batches = list(shuffled_batches(images, 16, seed=0, epoch=0))
-    assert [len(batch) for batch in batches] == [16, 16, 12]
-    seen = {image.numpy().tobytes() for image in torch.cat(batches)}
-    assert seen == {image.numpy().tobytes() for image in images}
+    assert [len(batch) for batch, _ in batches] == [16, 16, 16]
+    for count, (_, weight) in zip((16, 16, 12), batches):
+        assert weight.tolist() == pytest.approx(count * [1 / count] + (16 - count) * [0.0])
+    seen = [image.numpy().tobytes() for image in in_order(images, 16, epoch=0)]
+    assert len(seen) == 44
+    assert set(seen) == {image.numpy().tobytes() for image in images}
+    filler = batches[2][0][12:]
+    assert torch.equal(filler, batches[2][0][:1].expand_as(filler))
+
+
+def in_order(images: Tensor, batch_size: int, epoch: int, seed: int = 0, start: int = 0) -> Tensor:
+    """The images that count, in the order of an epoch."""
+    batches = shuffled_batches(images, batch_size, seed, epoch, start)
+    return torch.cat([batch[weight > 0] for batch, weight in batches])
 
 
 def test_order_depends_on_seed_and_epoch_alone(images: Tensor) -> None:
     def order(seed: int, epoch: int) -> Tensor:
         torch.rand(3)  # whatever else draws
-        return torch.cat(list(shuffled_batches(images, 16, seed, epoch)))
+        return in_order(images, 16, epoch, seed)
 
     assert torch.equal(order(0, 0), order(0, 0))
     assert not torch.equal(order(0, 0), images)
@@ -157,8 +169,7 @@ def test_order_depends_on_seed_and_epoch_alone(images: Tensor) -> None:
 
 
 def test_an_epoch_goes_on_in_the_middle(images: Tensor) -> None:
-    whole = torch.cat(list(shuffled_batches(images, 16, seed=0, epoch=3)))
-    rest = torch.cat(list(shuffled_batches(images, 5, seed=0, epoch=3, start=16)))
+    whole, rest = in_order(images, 16, epoch=3), in_order(images, 5, epoch=3, start=16)
     assert torch.equal(rest, whole[16:])
 
 

@@ -12,10 +12,10 @@ import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from common import checkpoint
-from common.device import GraphedFunction, compile_model, compiles_training, pick_device, use_bf16
-from common.errors import UsageError
-from common.training import Trainer, TrainingOptions
+from common.run import checkpoint
+from common.run.device import GraphedFunction, compile_model, compiles_training, pick_device, use_bf16
+from common.run.errors import UsageError
+from common.run.loop import Run, RunOptions
 from part_a_cifar import Model
 from tests.conftest import ROOT, STAGES
 
@@ -119,19 +119,17 @@ def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> Non
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda")
     losses = []
     for recorded in (False, True):
-        trainer = Trainer("part_a_cifar", {}, copy.deepcopy(model), TrainingOptions(batch_size=8), bf16)
+        trainer = Run("part_a_cifar", {}, copy.deepcopy(model), RunOptions(epochs=20, batch_size=8), bf16)
         if compile and recorded:
             compile_model(trainer.model, 8, bf16, training=True)
             assert counters["stats"]["unique_graphs"] == 1
         update = trainer.update
         assert isinstance(update, GraphedFunction)
         if not recorded:
-            trainer.update = trainer._update
-        for _ in range(20):
-            trainer.step(images)
+            trainer.update = update.function  # type: ignore[method-assign]
+        losses.append(torch.stack([loss.clone() for loss in trainer.steps(images)]).mean().item())
         assert (update.graph is not None) == recorded
         assert counters["stats"]["unique_graphs"] == (compile and recorded)
-        losses.append(trainer.mean_loss())
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 

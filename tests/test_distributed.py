@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import checkpoint
-from common.checkpoint import Checkpoint
+from common.run import checkpoint
+from common.run.checkpoint import Checkpoint
 from tests.conftest import ROOT
 from tests.train_ranks import train_rank
 

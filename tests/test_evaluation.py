@@ -12,21 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common import evaluation
-from common.data import load_images, to_float
-from common.errors import UserError
-from common.evaluation import (
+from common.data import to_float
+from common.diffusion import NoiseSchedule
+from common.likelihood import (
     Estimate,
     decoder_term,
-    held_out_losses,
     kl_term,
     loss_by_quarter,
     mean_over_images,
     prior_term,
     stratified_mean,
-    variational_bound,
 )
-from common.schedule import NoiseSchedule
+from common.run import evaluate
+from common.run.datasets import load_images
+from common.run.errors import UserError
+from common.run.evaluate import measure_bound, measure_losses
 from tests.conftest import run_stage
 
 A = "part_a_cifar"
@@ -153,7 +153,7 @@ def expected_bits(images: Tensor) -> dict[str, float]:
 
 def test_the_exact_bound_is_that_of_gaussian_data(schedule: NoiseSchedule) -> None:
     images = gaussian_images(4)
-    bound = variational_bound(ideal_denoiser, schedule, images, exact=True)
+    bound = measure_bound(ideal_denoiser, schedule, images, exact=True)
     assert all(part.dtype == torch.float64 and part.shape == (4,) for part in bound)
     for name, expected in expected_bits(images).items():
         assert bound.by_name()[name].mean().item() == pytest.approx(expected, rel=5e-3)
@@ -164,7 +164,7 @@ def test_the_exact_bound_is_that_of_gaussian_data(schedule: NoiseSchedule) -> No
 def test_the_estimated_bound_is_unbiased_and_knows_its_error(schedule: NoiseSchedule) -> None:
     images = gaussian_images(600)
     expected = expected_bits(images)
-    values = variational_bound(ideal_denoiser, schedule, images).by_name()
+    values = measure_bound(ideal_denoiser, schedule, images).by_name()
     for name in ("kl", "decoder", "total"):
         mean, error = mean_over_images(values[name])
         assert abs(mean - expected[name]) < 4 * error
@@ -176,15 +176,15 @@ def test_a_worse_denoiser_has_a_larger_bound_and_a_larger_loss(schedule: NoiseSc
         return 0.9 * ideal_denoiser(xt, t)
 
     images = gaussian_images(250)
-    bounds = [variational_bound(model, schedule, images).by_name()["total"] for model in (ideal_denoiser, worse)]
+    bounds = [measure_bound(model, schedule, images).by_name()["total"] for model in (ideal_denoiser, worse)]
     assert (bounds[1] > bounds[0]).all()
-    assert held_out_losses(worse, schedule, images).mean() > held_out_losses(ideal_denoiser, schedule, images).mean()
+    assert measure_losses(worse, schedule, images).mean() > measure_losses(ideal_denoiser, schedule, images).mean()
 
 
 def test_held_out_loss_is_that_of_gaussian_data(schedule: NoiseSchedule) -> None:
     """Of all time steps: Var[noise | x_t] = alpha_bar Var[x0 | x_t] / (1 - alpha_bar)."""
     images = gaussian_images(2000)
-    loss, quarters = loss_by_quarter(held_out_losses(ideal_denoiser, schedule, images), 1000)
+    loss, quarters = loss_by_quarter(measure_losses(ideal_denoiser, schedule, images), 1000)
     alpha_bar, k = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), gain(np.arange(1000))
     second_moment = to_float(images).double().square().mean().item()
     x0_error = (1 - k * np.sqrt(alpha_bar)) ** 2 * second_moment + k**2 * (1 - alpha_bar)
@@ -221,8 +221,8 @@ def test_two_models_are_measured_on_the_same_draws(schedule: NoiseSchedule) -> N
     images = gaussian_images(300)
     for seed in (0, 0, 1):
         torch.rand(3)  # whatever else draws
-        held_out_losses(note, schedule, images, seed)
-        variational_bound(note, schedule, images, seed=seed)
+        measure_losses(note, schedule, images, seed)
+        measure_bound(note, schedule, images, seed=seed)
     once = len(seen) // 3
     assert all(torch.equal(a, b) for a, b in zip(seen[:once], seen[once : 2 * once]))
     assert not any(torch.equal(a, b) for a, b in zip(seen[:once], seen[2 * once :]))
@@ -249,7 +249,7 @@ def make_pictures(count: int, seed: int, brightness: int) -> Tensor:
 def test_fid_is_the_frechet_distance_of_two_normal_distributions() -> None:
     pytest.importorskip("torchmetrics")
     samples, images = make_pictures(300, 0, 200), make_pictures(700, 1, 256)
-    value = evaluation.fid(evaluation.new_fid(torch.device("cpu"), Colours()), samples, images)
+    value = evaluate.fid(evaluate.new_fid(torch.device("cpu"), Colours()), samples, images)
     a, b = (Colours()(pictures).double().numpy() for pictures in (samples, images))
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b))
     roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0))
@@ -260,7 +260,7 @@ def test_fid_is_the_frechet_distance_of_two_normal_distributions() -> None:
 def test_fid_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(UserError, match=r'--fid.*pip install "torchmetrics\[image\]"'):
-        evaluation.new_fid(torch.device("cpu"))
+        evaluate.new_fid(torch.device("cpu"))
 
 
 def test_fid_without_the_weights_says_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ def test_fid_without_the_weights_says_where_they_belong(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(fid, "FrechetInceptionDistance", no_network)
     with pytest.raises(UserError, match=r"--fid.*Network is unreachable.*torch/hub/checkpoints"):
-        evaluation.new_fid(torch.device("cpu"))
+        evaluate.new_fid(torch.device("cpu"))
 
 
 # The command
@@ -292,7 +292,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: Any, **options: Any) -> Tensor:
         return load_images(*arguments, **options)[:2000]
 
-    monkeypatch.setattr("common.cli.load_images", load)
+    monkeypatch.setattr("common.run.evaluate.load_images", load)
 
 
 @pytest.mark.usefixtures("few_images")
@@ -300,8 +300,8 @@ def test_eval_prints_a_table_and_leaves_its_numbers_in_the_run_folder(
     run_dir: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torchmetrics")
-    new_fid = evaluation.new_fid
-    monkeypatch.setattr(evaluation, "new_fid", lambda device: new_fid(device, Colours()))
+    new_fid = evaluate.new_fid
+    monkeypatch.setattr(evaluate, "new_fid", lambda device: new_fid(device, Colours()))
     options = ("--num-images", 6, "--fid", 5, "--sampler", "ddim", "--steps", 2, "--seed", 4)
     capsys.readouterr()
     assert run_stage(A, "eval", "--data-dir", shapes_dir, "--run-dir", run_dir, *options) == 0

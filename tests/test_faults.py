@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint
-from common.errors import UserError
-from common.run_folder import locked
-from common.training import train
+from common.run import checkpoint
+from common.run.errors import UserError
+from common.run.folder import locked
+from common.run.loop import train
 from tests import tiny_run
 from tests.conftest import ROOT, run_stage
 from tests.test_training import assert_same, read_log
@@ -263,13 +263,14 @@ def test_a_run_folder_that_vanishes_is_an_error(tmp_path: Path, monkeypatch: pyt
     trainer.restore(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE))
     step = trainer.step
 
-    def step_then_vanish(images: Tensor) -> None:
-        step(images)
-        if trainer.progress.step == 5:
+    def step_then_vanish(images: Tensor, weight: Tensor) -> Tensor:
+        loss = step(images, weight)
+        if trainer.progress.step == 4:  # this was the fifth
             if fate == "moved":
                 run_dir.rename(tmp_path / "elsewhere")
             else:
                 shutil.rmtree(run_dir)
+        return loss
 
     monkeypatch.setattr(trainer, "step", step_then_vanish)
     with pytest.raises(UserError, match=os.strerror(errno.ENOENT)) as error:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from benchmarks.train_chapter import results_table
-from common import checkpoint
-from common.data import load_images, to_float
-from common.loss import diffusion_loss
-from common.options import Stage
-from common.schedule import NoiseSchedule
-from common.shapes import draw_shapes
+from common.data import to_float
+from common.diffusion import NoiseSchedule, diffusion_loss
+from common.run import checkpoint
+from common.run.datasets import load_images
+from common.run.options import Stage
+from common.run.shapes import draw_shapes
 from tests.conftest import ROOT, STAGES, run_stage
 
 README = (ROOT / "README.md").read_text()
@@ -63,7 +63,7 @@ def test_every_command_runs_word_for_word(
     if arguments[0] == "train":
         suffix += ["--overwrite"]
     if arguments[0] == "eval":
-        monkeypatch.setattr("common.cli.load_images", lambda *words, **more: load_images(*words, **more)[:2000])
+        monkeypatch.setattr("common.run.evaluate.load_images", lambda *a, **more: load_images(*a, **more)[:2000])
     assert run_stage(name, *arguments, *suffix) == 0
 
 
@@ -125,5 +125,5 @@ def test_every_link_leads_somewhere() -> None:
 
 
 def test_every_file_of_the_package_is_in_the_layout() -> None:
-    for path in (ROOT / "common").glob("[a-z]*.py"):
-        assert f"`common/{path.name}`" in README
+    for path in (ROOT / "common").rglob("[a-z]*.py"):
+        assert f"`{path.relative_to(ROOT)}`" in README

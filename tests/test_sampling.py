@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from common.sampling import Film, NoisePredictor, ddim, ddpm, default_steps, sample_images, save_grid, time_steps
-from common.schedule import NoiseSchedule
+from common.diffusion import NoisePredictor, NoiseSchedule, ddim, ddpm, time_steps
+from common.run.pictures import Film, default_steps, sample_images, save_grid
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,11 @@ def test_a_film_goes_from_the_noise_to_the_image_over_evenly_spaced_moments() ->
             seen.append(int(t[0]))
             return xt
 
-    images = sample_images(Note(), NoiseSchedule(), 5, sampler="ddpm", batch_size=3, watch=film)
+    def watch(start: int, step: int, xt: Tensor) -> None:
+        if start == 0:
+            film(step, xt)
+
+    images = sample_images(Note(), NoiseSchedule(), 5, sampler="ddpm", batch_size=3, watch=watch)
     assert len(seen) == 2000  # two batches; the film cost no step
     assert film.moments == {0, 250, 500, 750, 1000}
     assert [frame.shape for frame in film.frames] == 5 * [(2, 3, 32, 32)]

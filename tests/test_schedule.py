@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from common.schedule import NoiseSchedule
+from common.diffusion import NoiseSchedule
 
 STEPS = [0, 1, 2, 10, 100, 500, 998, 999]
 

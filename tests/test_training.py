@@ -16,22 +16,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import checkpoint
-from common.device import use_bf16
-from common.errors import UserError
-from common.loss import diffusion_loss, held_out_draws
-from common.run_folder import plot_losses
-from common.schedule import NoiseSchedule
-from common.training import AveragedWeights, Trainer, TrainingOptions, train
+from common.diffusion import NoiseSchedule, diffusion_loss
+from common.likelihood import held_out_draws
+from common.run import checkpoint
+from common.run.device import use_bf16
+from common.run.errors import UserError
+from common.run.folder import plot_losses
+from common.run.loop import Run, RunOptions, train
+from common.training import AveragedWeights, Trainer, TrainingOptions
 from tests.conftest import ROOT, STAGES, run_stage
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 44 images: 3 steps an epoch, 9 in all
 
 
-def make_trainer(stage: str = "part_a_cifar", bf16: bool = False, **options: Any) -> Trainer:
-    training_options = TrainingOptions(**{**PATTERN, **options})
+def make_trainer(stage: str = "part_a_cifar", bf16: bool = False, **options: Any) -> Run:
+    training_options = RunOptions(**{**PATTERN, **options})
     torch.manual_seed(training_options.seed)
-    return Trainer(stage, {}, importlib.import_module(stage).Model(), training_options, bf16)
+    return Run(stage, {}, importlib.import_module(stage).Model(), training_options, bf16)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -118,7 +119,7 @@ def test_a_run_that_has_made_its_steps_makes_no_more(images: Tensor, tmp_path: P
 def test_pictures_during_training_change_nothing_in_the_weights(
     images: Tensor, tmp_path: Path, uncut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.training.GRID_IMAGES", 4)
+    monkeypatch.setattr("common.run.loop.GRID_IMAGES", 4)
     train(make_trainer(hflip=True), images, images, tmp_path, sample_every=2)
     assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
@@ -131,7 +132,7 @@ def test_pictures_that_a_death_left_out_are_drawn_on_resuming(
     images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run dies after its checkpoint, and before the grid."""
-    monkeypatch.setattr("common.training.GRID_IMAGES", 4)
+    monkeypatch.setattr("common.run.loop.GRID_IMAGES", 4)
     train(make_trainer(), images, images, tmp_path, max_steps=6, sample_every=2)
     grid = tmp_path / "samples" / "epoch-0002.png"
     drawn = grid.read_bytes()
@@ -146,7 +147,7 @@ def test_a_picture_of_weights_that_are_gone_is_drawn_anew(
     images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that died between an epoch's picture and the next checkpoint draws the epoch again."""
-    monkeypatch.setattr("common.training.GRID_IMAGES", 4)
+    monkeypatch.setattr("common.run.loop.GRID_IMAGES", 4)
     grid = tmp_path / "samples" / "epoch-0001.png"
     grid.parent.mkdir()
     grid.write_bytes(b"stale")
@@ -173,7 +174,7 @@ def test_logged_loss_is_the_mean_over_images_whatever_the_batches(images: Tensor
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.weight.expand_as(x)
 
-    trainer = Trainer("constant", {}, Constant(), TrainingOptions(lr=1e-30, batch_size=16))
+    trainer = Run("constant", {}, Constant(), RunOptions(lr=1e-30, batch_size=16))
     noises: list[Tensor] = []
     add_noise = trainer.schedule.add_noise
 
@@ -182,10 +183,13 @@ def test_logged_loss_is_the_mean_over_images_whatever_the_batches(images: Tensor
         return add_noise(x0, t, noise)
 
     trainer.schedule.add_noise = note  # type: ignore[method-assign]
-    for batch in images.split(16):
-        trainer.step(batch)
+    for loss, count in zip(trainer.steps(images), (16, 16, 12)):
+        assert loss.item() == pytest.approx(noises[-1][:count].square().mean().item(), rel=1e-6)
     noises[2] = noises[2][:12]  # the last batch is filled up to 16, but only its 12 images count
-    assert trainer.mean_loss() == pytest.approx(torch.cat(noises).square().mean().item(), rel=1e-6)
+    trainer.progress.seconds = 1.0
+    trainer.log_epoch(44, held_out_loss=0.0)
+    expected = torch.cat(noises[:3]).square().mean().item()
+    assert trainer.progress.log[0]["train_loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_fills_up_the_last_batch_leaves_no_trace_in_the_weights(images: Tensor) -> None:
@@ -194,9 +198,9 @@ def test_what_fills_up_the_last_batch_leaves_no_trace_in_the_weights(images: Ten
     torch.nn.init.normal_(whole.model.conv_out.weight, std=0.1)  # type: ignore[union-attr, arg-type]
     part.model.load_state_dict(whole.model.state_dict())
     x0, t, noise = torch.randn(12, 3, 32, 32), torch.arange(12), torch.randn(12, 3, 32, 32)
-    whole._update(x0, t, noise, torch.full((12,), 1 / 12))
+    whole.update(x0, t, noise, torch.full((12,), 1 / 12))
     x0, t, noise = (torch.cat([tensor, torch.ones_like(tensor[:4])]) for tensor in (x0, t, noise))
-    part._update(x0, t, noise, torch.tensor(12 * [1 / 12] + 4 * [0.0]))
+    part.update(x0, t, noise, torch.tensor(12 * [1 / 12] + 4 * [0.0]))
     for p, q in zip(whole.model.parameters(), part.model.parameters()):
         assert p.grad is not None
         assert q.grad is not None
@@ -227,9 +231,8 @@ def test_every_time_step_is_drawn_equally_often() -> None:
             drawn.append(t)
             return self.weight * x
 
-    trainer = Trainer("note", {}, Note(), TrainingOptions(batch_size=1000))
-    for _ in range(100):
-        trainer.step(torch.zeros(1000, 3, 1, 1, dtype=torch.uint8))
+    for _ in Trainer(Note(), TrainingOptions(epochs=100, batch_size=1000)).steps(torch.zeros(1000, 3, 1, 1)):
+        pass
     times = torch.cat(drawn)
     assert (times.min(), times.max()) == (0, 999)
     quarters = torch.bincount(times // 250) / len(times)
@@ -244,7 +247,7 @@ def test_averaged_weights_are_the_ramped_mean() -> None:
         expected: float | None = None
         for n, value in enumerate(np.random.RandomState(0).random_sample(30)):
             nn.init.constant_(model.weight, value)
-            ema.update()
+            ema.update(n)
             keep = min(decay, (1 + n) / (10 + n))
             expected = value if expected is None else keep * expected + (1 - keep) * value
         assert averaged.item() == pytest.approx(expected, rel=1e-5)
@@ -253,13 +256,13 @@ def test_averaged_weights_are_the_ramped_mean() -> None:
 def test_averaging_copies_buffers_and_keeps_float32() -> None:
     model = nn.BatchNorm1d(2)
     ema = AveragedWeights(model, 0.9999)
-    for _ in range(3):
+    for n in range(3):
         model(torch.randn(8, 2))
-        ema.update()
+        ema.update(n)
     assert model.running_mean is not None
     assert torch.equal(ema.module.get_buffer("running_mean"), model.running_mean)
-    trainer = make_trainer(bf16=True)
-    trainer.step(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    trainer = make_trainer(bf16=True, batch_size=2)
+    next(trainer.steps(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)))
     assert {p.dtype for p in trainer.ema.module.parameters()} == {torch.float32}
 
 
@@ -284,16 +287,11 @@ def test_bf16_autocast_learns_as_fp32_does(stage: str) -> None:
     batch = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     means = []
     for bf16 in (False, True):
-        trainer = make_trainer(stage, bf16=bf16, batch_size=8)
-        for _ in range(30):
-            trainer.step(batch)
-        first = trainer.mean_loss()
-        trainer._loss_sum.zero_()
-        trainer.progress.seen = 0
-        for _ in range(30):
-            trainer.step(batch)
-        assert trainer.mean_loss() < 0.9 * first
-        means.append(trainer.mean_loss())
+        trainer = make_trainer(stage, bf16=bf16, batch_size=8, epochs=60)
+        losses = [loss.item() for loss in trainer.steps(batch)]
+        first, last = np.mean(losses[:30]), np.mean(losses[30:])
+        assert last < 0.9 * first
+        means.append(last)
     assert means[1] == pytest.approx(means[0], rel=0.05)
 
 
@@ -345,7 +343,7 @@ def test_without_matplotlib_there_is_no_plot_and_one_line_that_says_so(
     images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("common.training.PLOT_EVERY", 0)
+    monkeypatch.setattr("common.run.loop.PLOT_EVERY", 0)
     train(make_trainer(), images, images, tmp_path, sample_every=0)
     assert not (tmp_path / "loss.png").exists()
     assert capsys.readouterr().err.count("no loss.png") == 1

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoint
-from common.run_folder import locked
-from common.training import Trainer, TrainingOptions, train
+from common.run import checkpoint
+from common.run.folder import locked
+from common.run.loop import Run, RunOptions, train
 
 STAGE = "tiny"
 EPOCHS = 60  # of three steps and three checkpoints each
@@ -35,9 +35,9 @@ def make_images() -> Tensor:
     return torch.randint(256, (44, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def make_trainer(**options: Any) -> Trainer:
+def make_trainer(**options: Any) -> Run:
     torch.manual_seed(0)
-    return Trainer(STAGE, {}, Tiny(), TrainingOptions(**{"epochs": EPOCHS, "batch_size": 16, "hflip": True, **options}))
+    return Run(STAGE, {}, Tiny(), RunOptions(**{"epochs": EPOCHS, "batch_size": 16, "hflip": True, **options}))
 
 
 def run(run_dir: Path, started: Any = None, death: tuple[str, str, int] | None = None) -> None:
@@ -60,10 +60,11 @@ def run(run_dir: Path, started: Any = None, death: tuple[str, str, int] | None =
             trainer.restore(checkpoint.load(path, STAGE))
         step, first = trainer.step, trainer.progress.step
 
-        def step_and_note(images: Tensor) -> None:
-            step(images)
-            if started and trainer.progress.step == first + 1:
+        def step_and_note(images: Tensor, weight: Tensor) -> Tensor:
+            loss = step(images, weight)
+            if started and trainer.progress.step == first:
                 started.send("started")
+            return loss
 
         trainer.step = step_and_note  # type: ignore[method-assign]
         train(trainer, make_images(), make_images(), run_dir, sample_every=0, checkpoint_every=1)

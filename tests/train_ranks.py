@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import distributed, evaluation
-from common.training import Trainer, TrainingOptions, train
+from common.run import distributed
+from common.run.evaluate import measure_bound, measure_losses
+from common.run.loop import Run, RunOptions, train
 from part_a_cifar import Model
 
 
@@ -15,8 +16,8 @@ def train_rank(folder: Path) -> None:
     """Three epochs of 44 images in batches of 12, so that the last one has 8."""
     images = torch.randint(256, (44, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    options = TrainingOptions(epochs=3, batch_size=12, hflip=True)
-    trainer = Trainer("part_a_cifar", {}, Model(), options)
+    options = RunOptions(epochs=3, batch_size=12, hflip=True)
+    trainer = Run("part_a_cifar", {}, Model(), options)
     trainer.optimizer.param_groups[0]["eps"] = 1e-2  # or Adam makes much of rounding errors of gradients near zero
     held_out = torch.randint(256, (600, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     train(trainer, images, held_out, folder / "run", sample_every=0)
@@ -24,8 +25,8 @@ def train_rank(folder: Path) -> None:
     def model(xt: Tensor, t: Tensor) -> Tensor:
         return 0.5 * xt
 
-    losses = evaluation.held_out_losses(model, trainer.schedule, held_out)
-    bound = evaluation.variational_bound(model, trainer.schedule, held_out)
+    losses = measure_losses(model, trainer.schedule, held_out)
+    bound = measure_bound(model, trainer.schedule, held_out)
     results = (trainer.model.state_dict(), trainer.progress.log, torch.stack([losses, *bound]))
     torch.save(results, folder / f"rank{distributed.RANK}.pt")
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from common import __version__
-from common.data import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES
-from common.sampling import SAMPLERS
+from common.run.datasets import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES
+from common.run.pictures import SAMPLERS
 from common.training import TrainingOptions
 
 OptionGroup = argparse._ArgumentGroup

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import distributed
-from common.data import IMAGE_SHAPE
-from common.errors import UsageError
+from common.diffusion import NoisePredictor
+from common.run import distributed
+from common.run.datasets import IMAGE_SHAPE
+from common.run.errors import UsageError
 
 WARM_UP_CALLS = 3  # before a capture: libraries choose their algorithms and allocate what they need
 
@@ -51,6 +52,21 @@ def use_bf16(precision: str, device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def in_precision(model: nn.Module, bf16: bool) -> NoisePredictor:
+    """The model, under bfloat16 autocast if so asked; what it returns is float32."""
+
+    def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(xt.device.type, torch.bfloat16, enabled=bf16):
+            return model(xt, t).float()
+
+    return predict_noise
+
+
+def noise_predictor(model: nn.Module, bf16: bool = False) -> NoisePredictor:
+    """The model as sampling and measuring call it: as `in_precision`, on a GPU recorded as a CUDA graph."""
+    return GraphedFunction(in_precision(model, bf16))
 
 
 def compiles_training(choice: bool | None, device: torch.device, bf16: bool) -> bool:

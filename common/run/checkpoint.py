@@ -15,7 +15,7 @@ from typing import IO, Any, TypedDict, TypeVar, get_origin
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.run.errors import UserError
 
 FORMAT = 3
 READABLE = (2, 3)  # 2: there was no option --norm-groups; 1: the norms had other groups

@@ -7,6 +7,7 @@ gradients go from GPU to GPU (NCCL).
 import gc
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,9 +15,10 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UserError
+from common.run.errors import UserError
 
 T = TypeVar("T")
 
@@ -51,6 +53,18 @@ def exit_after_error(status: int) -> NoReturn:
 def is_lost_connection(error: Exception) -> bool:
     """Whether the error says that another process could not be reached."""
     return WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model, whose gradients are the mean of all ranks' after a backward pass."""
+    if WORLD_SIZE == 1:
+        return model
+    device = next(model.parameters()).device
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    wrapped.broadcast_buffers = False  # they are constants; no argument, for PyTorch 2.13 renamed that
+    # It warns of compiled kernels of 1x1, whose gradients have other strides, which mean the same for them.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    return wrapped
 
 
 def share(count: int) -> slice:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import atomic_write
-from common.errors import UsageError
+from common.run.checkpoint import atomic_write
+from common.run.errors import UsageError
 
 try:
     import fcntl

@@ -1,16 +1,21 @@
-"""The DDPM forward process q and its posterior (arXiv:2006.11239, section 2)."""
+"""The theory on one page: noise goes in, the network guesses it, noise goes out (DDPM, arXiv:2006.11239).
 
-from collections.abc import Sequence
+Images are float32 (B, C, H, W), clean ones in [-1, 1]. A time step `t` is an int64 tensor (B,) with 0 <= t < steps.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+NoisePredictor = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) -> the noise in x_t, like x_t
 
 
 class NoiseSchedule(nn.Module):
     """How much noise each time step adds, and what follows from it in closed form.
 
-    A time step `t` is an int64 tensor (B,) with 0 <= t < steps; t = 0 is one noising step, so x_{-1} means the
-    image itself. Images are float32 (B, C, H, W). All constants are computed in float64 and kept in float32.
+    t = 0 is one noising step, so x_{-1} means the image itself. All constants are computed in float64 and kept in
+    float32.
 
     Args:
         steps: T, the number of noising steps.
@@ -95,3 +100,84 @@ def _shifted(alpha_bar: Tensor) -> Tensor:
 def _at(constants: Tensor, t: Tensor) -> Tensor:
     """The constants of each image's time step, (B,) -> (B, 1, 1, 1), to be multiplied with images."""
     return constants[t][:, None, None, None]
+
+
+# The loss
+
+
+def diffusion_loss(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """DDPM's simple loss (eq. 14): how far the predicted noise is from the noise, squared, averaged over an image.
+
+    Args:
+        x0, noise: float32 (B, C, H, W).
+        t: int64 (B,).
+
+    Returns:
+        float32 (B,), one for each image.
+    """
+    xt = schedule.add_noise(x0, t, noise)
+    pred_noise = model(xt, t)
+    return (pred_noise - noise).square().mean(dim=(1, 2, 3))
+
+
+# The samplers: generators of the states that an image goes through, from noise to picture
+
+
+@torch.no_grad()
+def ddpm(
+    model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, generator: torch.Generator, steps: int | None = None
+) -> Iterator[Tensor]:
+    """Walks back with fresh noise in every step (Algorithm 2 of DDPM, arXiv:2006.11239), x0 clipped to [-1, 1].
+
+    In fewer steps than the schedule has, it is the same walk on the strided schedule: DDIM's eq. 12 with the sigma of
+    its eq. 16 and eta = 1 (arXiv:2010.02502).
+
+    Args:
+        model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
+        xt: standard normal noise (B, C, H, W).
+        generator: of the noise that each step adds.
+        steps: how many of the schedule's time steps to visit, 1 to `schedule.steps`; by default all of them.
+
+    Yields:
+        `steps` states (B, C, H, W); the last is the image in [-1, 1].
+    """
+    times = time_steps(schedule.steps, schedule.steps if steps is None else steps)
+    strided = schedule.strided(times)
+    for i in reversed(range(len(times))):
+        t = torch.full((len(xt),), times[i], device=xt.device)
+        x0 = schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
+        mean, variance = strided.posterior(x0, xt, torch.full_like(t, i))
+        noise = torch.randn(xt.shape, generator=generator, device=xt.device)
+        xt = mean + variance.sqrt() * noise  # the variance is 0 at i = 0
+        yield xt
+
+
+@torch.no_grad()
+def ddim(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, steps: int) -> Iterator[Tensor]:
+    """Walks back without fresh noise (DDIM, arXiv:2010.02502, eq. 12 with sigma = 0), x0 clipped to [-1, 1].
+
+    Args:
+        model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
+        xt: standard normal noise (B, C, H, W).
+        steps: how many of the schedule's time steps to visit, 1 to `schedule.steps`.
+
+    Yields:
+        `steps` states (B, C, H, W); the last is the image in [-1, 1].
+    """
+    times = time_steps(schedule.steps, steps)
+    for i in reversed(range(len(times))):
+        t = torch.full((len(xt),), times[i], device=xt.device)
+        x0 = schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
+        noise = schedule.implied_noise(x0, xt, t)  # of the clipped x0, not the model's own
+        xt = schedule.add_noise(x0, torch.full_like(t, times[i - 1]), noise) if i > 0 else x0
+        yield xt
+
+
+def time_steps(schedule_steps: int, steps: int) -> list[int]:
+    """The time steps that a sampler visits, in ascending order: evenly spaced, the last one is `schedule_steps` - 1.
+
+    This is "trailing" in Table 2 of arXiv:2305.08891: sampling starts where the training's noise is strongest.
+    """
+    if not 1 <= steps <= schedule_steps:
+        raise ValueError(f"steps: must be from 1 to {schedule_steps}, got {steps}")
+    return [round(schedule_steps * (1 - i / steps)) - 1 for i in reversed(range(steps))]

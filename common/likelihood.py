@@ -1,0 +1,209 @@
+"""Numbers for a trained model: its held-out loss by time step, and its bits per dimension.
+
+Held-out images are measured in blocks, always with the same noise, so that two models are compared like with like.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.special import log_ndtr
+
+from common.data import random_generator, to_float
+from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
+
+HELD_OUT_BLOCK = 250  # held-out images that go through the model at a time
+
+LEVEL = 2 / 255  # from one level of 8-bit colour to the next, in images that go from -1 to 1
+
+
+class Estimate(NamedTuple):
+    """A mean, and how far it may be off."""
+
+    mean: float
+    standard_error: float
+
+
+# The noise-prediction loss
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, start: int = 0, seed: int = 0
+) -> Tensor:
+    """The noise-prediction loss (eq. 14 of DDPM) of a block of held-out images, at one time step each.
+
+    Args:
+        images: uint8 (N, 3, 32, 32), all of them.
+        start: number of the block's first image, a multiple of HELD_OUT_BLOCK.
+        seed: of the noise.
+
+    Returns:
+        float32 (B,), B up to HELD_OUT_BLOCK; image i is measured at time step i modulo `schedule.steps`.
+    """
+    return diffusion_loss(model, schedule, *held_out_draws(images, start, schedule, seed))
+
+
+def held_out_draws(images: Tensor, start: int, schedule: NoiseSchedule, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The block of held-out images that begins at number `start`, with time steps and noise that are always the same.
+
+    Image i is noised to time step i modulo `schedule.steps`, so that every time step is met equally often. The noise
+    is drawn on the CPU, so that all models, on all devices, are measured on the same one.
+
+    Args:
+        images: uint8 (N, C, H, W).
+
+    Returns:
+        x0, float32 (B, C, H, W); t, int64 (B,); noise, like x0; on the schedule's device. B is HELD_OUT_BLOCK or less.
+    """
+    device = schedule.beta.device
+    x0 = to_float(images[start : start + HELD_OUT_BLOCK].to(device))
+    t = torch.arange(start, start + len(x0), device=device) % schedule.steps
+    noise = torch.randn(x0.shape, generator=random_generator("cpu", seed, "held-out", start))
+    return x0, t, noise.to(device)
+
+
+def stratified_mean(values: Tensor) -> Estimate:
+    """The mean of values (R, S) of which each of the S columns, one a time step, holds R independent ones.
+
+    That every time step is met equally often makes the mean surer than that of as many values at random time steps.
+    """
+    rounds, strata = values.shape
+    variance_of_means = values.var(dim=0) / rounds  # of each column, (S,)
+    return Estimate(values.mean().item(), variance_of_means.sum().sqrt().item() / strata)
+
+
+def loss_by_quarter(losses: Tensor, steps: int) -> tuple[Estimate, list[Estimate]]:
+    """Mean loss over all time steps, and over each quarter of their range.
+
+    Args:
+        losses: of `held_out_losses`, (N,), N a multiple of `steps`, at least twice that.
+        steps: the schedule's, a multiple of 4.
+
+    Raises:
+        ValueError: N is none of those.
+    """
+    if len(losses) % steps or len(losses) < 2 * steps:
+        raise ValueError(f"held-out images: must be a multiple of {steps}, at least {2 * steps}; got {len(losses)}")
+    by_time = losses.view(-1, steps)
+    return stratified_mean(by_time), [stratified_mean(quarter) for quarter in by_time.chunk(4, dim=1)]
+
+
+# Bits per dimension
+
+
+class Bound(NamedTuple):
+    """The parts of the variational bound, in bits per dimension, one value an image."""
+
+    prior: Tensor  # what the last time step still tells of the image
+    kl: Tensor  # of the steps between, 999 of them
+    decoder: Tensor  # of the last step, which ends in 8-bit colours
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The parts, and their total."""
+        return {"total": self.prior + self.kl + self.decoder, **self._asdict()}
+
+
+@torch.no_grad()
+def variational_bound(
+    model: NoisePredictor,
+    schedule: NoiseSchedule,
+    images: Tensor,
+    start: int = 0,
+    *,
+    exact: bool = False,
+    seed: int = 0,
+) -> Bound:
+    """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images under what `diffusion.ddpm` draws.
+
+    The reverse steps are those of the sampler: x0 is clipped, the variance is the posterior's; that of the last step,
+    where the posterior has none, is that of the step before.
+
+    Args:
+        model: predicts noise.
+        images: uint8 (N, 3, 32, 32), all of them.
+        start: number of the block's first image, a multiple of HELD_OUT_BLOCK.
+        exact: sum up all KL terms. Otherwise each image gets an unbiased estimate of the sum: one term, at a random
+            time step, from each of the ranges 1, 2 to 3, 4 to 7, ... of time steps, times the length of the range.
+        seed: of the noise and of those time steps.
+
+    Returns:
+        float64 (B,) each, B up to HELD_OUT_BLOCK.
+    """
+    x0, t, noise = held_out_draws(images, start, schedule, seed)
+    generator = random_generator("cpu", seed, "bound", start)
+    kl = torch.zeros(len(x0), dtype=torch.float64)
+    for first, end in kl_ranges(schedule.steps, exact):
+        t = torch.randint(first, end, t.shape, generator=generator).to(x0.device)
+        step_noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        kl += (end - first) * kl_term(model, schedule, x0, t, step_noise)
+    nats = prior_term(schedule, x0), kl, decoder_term(model, schedule, x0, noise)
+    return Bound(*(part / (x0[0].numel() * math.log(2)) for part in nats))
+
+
+def kl_ranges(steps: int, exact: bool) -> list[tuple[int, int]]:
+    """The ranges of time steps (first, end) from each of which `variational_bound` takes one KL term."""
+    if exact:
+        return [(t, t + 1) for t in range(1, steps)]
+    starts = [2**k for k in range(steps.bit_length()) if 2**k < steps]
+    return list(zip(starts, [*starts[1:], steps]))
+
+
+def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
+    """KL of q(x_T | x0) from the standard normal distribution, in nats, float64 (B,). x0: (B, C, H, W)."""
+    last = schedule.alpha_bar[-1].cpu().double()  # in this order, for not every GPU has float64
+    kl = (last * x0.cpu().double().square() - last - torch.log1p(-last)) / 2
+    return kl.sum(dim=(1, 2, 3))
+
+
+def kl_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """KL of the posterior q(x_{t-1} | x_t, x0) from the model's p(x_{t-1} | x_t), which has the same variance.
+
+    Args:
+        x0, noise: (B, C, H, W).
+        t: int64 (B,), 1 or more.
+
+    Returns:
+        nats, float64 (B,).
+    """
+    xt = schedule.add_noise(x0, t, noise)
+    mean, variance = schedule.posterior(x0, xt, t)
+    model_mean, _ = schedule.posterior(_clipped_x0(model, schedule, xt, t), xt, t)
+    return ((mean - model_mean).square() / (2 * variance)).sum(dim=(1, 2, 3)).cpu().double()
+
+
+def decoder_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, noise: Tensor) -> Tensor:
+    """-log p(x0 | x_t) at t = 0, where p is a normal distribution cut into 256 levels (eq. 13 of DDPM).
+
+    Args:
+        x0: (B, C, H, W), with the values k / 127.5 - 1.
+        noise: (B, C, H, W).
+
+    Returns:
+        nats, float64 (B,).
+    """
+    t = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+    xt = schedule.add_noise(x0, t, noise)
+    _, variance = schedule.posterior(x0, xt, t + 1)
+    mean = _clipped_x0(model, schedule, xt, t)
+    x0, mean, deviation = (x.cpu().double() for x in (x0, mean, variance.sqrt()))
+    lower = torch.where(x0 < -1 + LEVEL / 2, -math.inf, (x0 - LEVEL / 2 - mean) / deviation)
+    upper = torch.where(x0 > 1 - LEVEL / 2, math.inf, (x0 + LEVEL / 2 - mean) / deviation)
+    return -_log_normal_mass(lower, upper).sum(dim=(1, 2, 3))
+
+
+def mean_over_images(values: Tensor) -> Estimate:
+    """The mean of values (N,), one an image, with its standard error."""
+    return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))
+
+
+def _clipped_x0(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, t: Tensor) -> Tensor:
+    return schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
+
+
+def _log_normal_mass(lower: Tensor, upper: Tensor) -> Tensor:
+    """Log of the standard normal mass between two bounds; not by subtracting numbers near 1."""
+    mirrored = lower > 0
+    lower, upper = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+    return log_ndtr(upper) + torch.log1p(-torch.exp(log_ndtr(lower) - log_ndtr(upper)))

@@ -1,0 +1,52 @@
+"""The entry of every script: reads the command line, runs the command, and turns what goes wrong into one line."""
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from common.run import distributed
+from common.run.device import is_out_of_memory, keep_freed_memory
+from common.run.errors import UsageError, UserError
+from common.run.evaluate import evaluate
+from common.run.models import build_model
+from common.run.options import Stage, model_defaults, parse
+from common.run.test import test
+from common.run.train import train
+
+MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
+
+
+def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
+    options, typed = parse(stage, argv)
+    command = {"train": train, "test": test, "eval": evaluate}[options.command]
+    try:
+        keep_freed_memory()
+        with torch.device("meta"):  # whose tensors take no memory: wrong model options are told before any work
+            model = build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})
+        parameters = sum(p.numel() for p in model.parameters())
+        if parameters > MAX_PARAMETERS:
+            raise UsageError(f"argument --model-channels: too many; they make {parameters:,} parameters")
+        distributed.start()
+        status = command(stage, options, typed)
+        distributed.stop()
+        sys.exit(status)
+    except UserError as error:
+        message, status = str(error), error.exit_status
+    except OSError as error:  # a full disk, say, or a folder that may not be written to
+        message, status = f"{error.filename or options.run_dir}: {error.strerror or error}", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            message = "out of memory; try a smaller --batch-size, or a smaller model"
+        elif distributed.is_lost_connection(error):
+            message = "another process of this run has ended, or cannot be reached"
+        else:
+            raise
+        status = 1
+    who = f"rank {distributed.RANK}: " if distributed.WORLD_SIZE > 1 else ""
+    print(f"{stage.name}.py: {who}error: {' '.join(message.split())}", file=sys.stderr)
+    distributed.exit_after_error(status)

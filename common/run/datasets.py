@@ -1,0 +1,77 @@
+"""The data sets: CIFAR-10, downloaded and checked, and shapes, drawn."""
+
+import http.client
+import sys
+import zipfile
+import zlib
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.run.checkpoint import atomic_write
+from common.run.errors import UserError
+from common.run.shapes import draw_shapes
+
+IMAGE_SHAPE = (3, 32, 32)
+DATASETS = ("cifar10", "shapes")
+TRAINING_IMAGES = 50_000  # of either data set
+HELD_OUT_IMAGES = 10_000
+
+
+def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: str | None = None) -> Tensor:
+    """The training images of a data set, or its 10,000 held-out ones.
+
+    Args:
+        dataset: "cifar10", downloaded on first use and checked by its published MD5, or "shapes", drawn on first use.
+        data_dir: the folder that keeps the data set.
+        data_url: another address of CIFAR-10's archive, http or https.
+
+    Returns:
+        uint8 (N, 3, 32, 32) in main memory.
+
+    Raises:
+        UserError: CIFAR-10 is not in `data_dir` and could not be downloaded.
+    """
+    if dataset == "cifar10":
+        images = _load_cifar10(data_dir, train, data_url)
+    else:
+        images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
+    return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarray:
+    from torchvision.datasets import CIFAR10  # here, for it takes a second, for which --help need not wait
+
+    class Archive(CIFAR10):
+        url = data_url or CIFAR10.url
+
+    try:
+        return Archive(data_dir, train=train, download=True).data.transpose(0, 3, 1, 2)
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        raise UserError(
+            f"--data-dir {data_dir}: no CIFAR-10 there, and getting it from {Archive.url} failed ({error}); "
+            f"name another address of the archive with --data-url, put {Archive.filename} into {data_dir} by hand, "
+            "or take the data set that needs no download with --dataset shapes"
+        ) from error
+
+
+@cache  # training takes both parts of it, and to unpack it takes seconds
+def _load_shapes(data_dir: Path) -> np.ndarray:
+    path = data_dir / "shapes.npz"
+    count = TRAINING_IMAGES + HELD_OUT_IMAGES
+    with suppress(FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):  # or damaged
+        images = np.load(path)["images"]
+        if images.shape == (count, *IMAGE_SHAPE) and images.dtype == np.uint8:
+            return images
+    images = draw_shapes(count)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.savez_compressed(file, images=images)
+    except (OSError, UserError) as error:
+        print(f"warning: drawn, but not kept for the next time: {error}", file=sys.stderr)
+    return images

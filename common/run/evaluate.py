@@ -1,0 +1,201 @@
+"""The command `eval`: the numbers of a trained model on held-out images, and its Fréchet inception distance."""
+
+import argparse
+import json
+import pickle
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import __version__
+from common.diffusion import NoisePredictor, NoiseSchedule
+from common.likelihood import (
+    HELD_OUT_BLOCK,
+    Bound,
+    held_out_losses,
+    kl_ranges,
+    loss_by_quarter,
+    mean_over_images,
+    variational_bound,
+)
+from common.run import distributed
+from common.run.checkpoint import atomic_write
+from common.run.datasets import load_images
+from common.run.device import noise_predictor
+from common.run.errors import UserError
+from common.run.models import TrainedModel, load_trained
+from common.run.options import Stage
+from common.run.test import draw, sampling_steps
+
+Report = dict[str, Any]
+
+
+def evaluate(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+    """Measures what a stage has learned. Returns the exit status."""
+    steps = sampling_steps(options)
+    trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)
+    fid_metric = new_fid(trained.device) if options.fid else None  # now, for it may be missing
+    data = partial(load_images, trained.dataset, options.data_dir, data_url=options.data_url)
+    with distributed.first_of_machine_first():
+        held_out = data(train=False)
+    report: Report = {
+        "stage": stage.name,
+        "checkpoint": str(trained.path),
+        "weights": options.weights,
+        "epochs": trained.epochs,
+        "steps": trained.steps,
+        "dataset": trained.dataset,
+        "seed": options.seed,
+        "device": str(trained.device),
+        "precision": "bf16" if trained.bf16 else "fp32",
+        "version": __version__,
+        "torch": torch.__version__,
+    }
+    schedule = NoiseSchedule().to(trained.device)
+    model = noise_predictor(trained.model, trained.bf16)
+    report["loss"] = _timed(lambda: _loss(measure_losses(model, schedule, held_out, options.seed), schedule))
+    images = held_out[: options.num_images]
+    report["bits_per_dim"] = _timed(
+        lambda: _bits_per_dim(measure_bound(model, schedule, images, exact=options.exact, seed=options.seed))
+    )
+    report["bits_per_dim"] |= {"exact": options.exact, "images": len(images)}
+    if fid_metric:
+        report["fid"] = _timed(lambda: _fid(fid_metric, trained, options, steps, data(train=True)))
+    if distributed.RANK == 0:
+        output = trained.folder / "eval.json"
+        with atomic_write(output) as file:
+            file.write(json.dumps(report, indent=2).encode() + b"\n")
+        _print(report)
+        print(f"{output}: the same and more")
+    return 0
+
+
+def _timed(measure: Callable[[], Report]) -> Report:
+    started = time.perf_counter()
+    return {**measure(), "seconds": time.perf_counter() - started}
+
+
+def _loss(losses: Tensor, schedule: NoiseSchedule) -> Report:
+    loss, quarters = loss_by_quarter(losses, schedule.steps)
+    return {**loss._asdict(), "quarters": [quarter._asdict() for quarter in quarters], "images": len(losses)}
+
+
+def _bits_per_dim(bound: Bound) -> Report:
+    return {name: mean_over_images(bits)._asdict() for name, bits in bound.by_name().items()}
+
+
+def _fid(metric: Any, trained: TrainedModel, options: argparse.Namespace, steps: int, images: Tensor) -> Report:
+    samples = draw(trained, options, options.fid, steps)
+    value = fid(metric, samples, images) if distributed.RANK == 0 else None
+    return {"value": value, "samples": len(samples), "sampler": options.sampler, "sampling_steps": steps}
+
+
+def _print(report: Report) -> None:
+    print(
+        "{stage}: {weights} weights after {epochs} epochs, {steps} steps of training; {dataset}; {device} in "
+        "{precision}; seed {seed}".format(**report)
+    )
+    loss, bits = report["loss"], report["bits_per_dim"]
+    rows = [(f"loss ({loss['images']:,} images)", loss)]
+    rows += [(f"loss, quarter {number} of the time steps", part) for number, part in enumerate(loss["quarters"], 1)]
+    rows += [(f"bits/dim ({bits['images']:,} images)", bits["total"])]
+    rows += [(f"bits/dim, {name}", bits[name]) for name in ("prior", "kl", "decoder")]
+    print("| | mean | standard error |\n|---|---|---|")
+    for name, estimate in rows:
+        print(f"| {name} | {estimate['mean']:.5f} | {estimate['standard_error']:.5f} |")
+    if "fid" in report:
+        print(f"| FID ({report['fid']['samples']:,} samples) | {report['fid']['value']:.3f} | |")
+
+
+# Fréchet inception distance
+
+
+def new_fid(device: torch.device, feature: Any = 2048) -> Any:
+    """torchmetrics' FrechetInceptionDistance, with the weights of its network.
+
+    Args:
+        feature: 2048, the network's last layer, or a network that maps uint8 (B, 3, 32, 32) to features (B, D).
+
+    Raises:
+        UserError: it is not installed, or its weights are neither here nor to be had.
+    """
+    install = 'install it with: python -m pip install "torchmetrics[image]"'
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise UserError(f"argument --fid: this takes the package torchmetrics; {install}") from error
+    try:
+        metric = FrechetInceptionDistance(feature, sync_on_compute=False)
+    except ModuleNotFoundError as error:
+        raise UserError(f"argument --fid: torchmetrics lacks the package torch-fidelity; {install}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"argument --fid: the weights of the Inception network could not be fetched ({reason}); connect to the "
+            "network, or put the file that torch-fidelity names into ~/.cache/torch/hub/checkpoints"
+        ) from error
+    return metric.to(device if device.type != "mps" else "cpu")  # mps has no float64
+
+
+def fid(metric: Any, samples: Tensor, images: Tensor) -> float:
+    """Fréchet inception distance (arXiv:1706.08500) of samples from images, uint8 (N, 3, 32, 32) each, N >= 2."""
+    for pictures, real in ((images, True), (samples, False)):
+        for block in tqdm(pictures.split(HELD_OUT_BLOCK), desc="features", unit=" blocks", disable=None):
+            metric.update(block.to(metric.device), real=real)
+    return float(metric.compute())
+
+
+# Block by block: what likelihood.py measures, of many images, by all processes together
+
+
+def measure_losses(model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, seed: int = 0) -> Tensor:
+    """`likelihood.held_out_losses` of all blocks of the images, float64 (N,)."""
+
+    def losses_of_block(model: NoisePredictor, start: int) -> Tensor:
+        return held_out_losses(model, schedule, images, start, seed)
+
+    return _block_by_block("loss", model, len(images), 1, losses_of_block)
+
+
+def measure_bound(
+    model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, *, exact: bool = False, seed: int = 0
+) -> Bound:
+    """`likelihood.variational_bound` of all blocks of the images, float64 (N,) each."""
+
+    def bound_of_block(model: NoisePredictor, start: int) -> Tensor:
+        return torch.stack(variational_bound(model, schedule, images, start, exact=exact, seed=seed), dim=1)
+
+    passes = len(kl_ranges(schedule.steps, exact)) + 1
+    return Bound(*_block_by_block("bound", model, len(images), passes, bound_of_block).unbind(1))
+
+
+def _block_by_block(
+    description: str,
+    model: NoisePredictor,
+    num_images: int,
+    passes: int,
+    values_of_block: Callable[[NoisePredictor, int], Tensor],
+) -> Tensor:
+    """What the function returns for the number of each block's first image, joined together as float64 on the CPU.
+
+    Several processes, which must all call this, share the blocks out. A bar shows how often the model was asked:
+    `passes` times for each image.
+    """
+    starts = range(0, num_images, HELD_OUT_BLOCK)[distributed.RANK :: distributed.WORLD_SIZE]
+    total = sum(min(HELD_OUT_BLOCK, num_images - start) for start in starts) * passes
+    hide = None if distributed.RANK == 0 else True  # None: where stderr is no terminal
+    with torch.no_grad(), tqdm(total=total, desc=description, unit=" images", disable=hide) as bar:
+
+        def counted(xt: Tensor, t: Tensor) -> Tensor:
+            bar.update(len(xt))
+            return model(xt, t)
+
+        values = {start: values_of_block(counted, start).cpu().double() for start in starts}
+    for others in distributed.gather(values):
+        values |= others
+    return torch.cat([values[start] for start in sorted(values)])

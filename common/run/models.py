@@ -1,0 +1,97 @@
+"""A stage's model: from the options of the command line, from those of a checkpoint, or both where they agree."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from common.run import checkpoint, distributed
+from common.run.checkpoint import Checkpoint
+from common.run.device import compile_model, pick_device, use_bf16
+from common.run.errors import UsageError
+from common.run.loop import RunOptions, RunProgress
+from common.run.options import Stage, flag, model_defaults, saved_model_options
+
+
+def build_model(stage: Stage, model_options: dict[str, Any]) -> nn.Module:
+    """Makes a stage's model, untrained.
+
+    Raises:
+        UsageError: the options do not make one.
+    """
+    try:
+        return stage.build_model(argparse.Namespace(**model_options))
+    except ValueError as error:
+        name, _, reason = str(error).partition(": ")  # of an argument, which has the name of its option
+        raise UsageError(f"argument {flag(name)}: {reason}" if name in model_options else str(error)) from error
+
+
+def choose_model_options(
+    stage: Stage, options: argparse.Namespace, typed: set[str], path: Path, saved: Checkpoint | None
+) -> dict[str, Any]:
+    """The stage's model options: those of the checkpoint, if there is one.
+
+    Raises:
+        UsageError: one that was typed contradicts it.
+    """
+    asked = {name: getattr(options, name) for name in model_defaults(stage)}
+    if saved is None:
+        return asked
+    with checkpoint.reading(path):
+        model_options = saved_model_options(stage, saved["model_options"])
+    refuse_contradictions({name: asked[name] for name in typed & asked.keys()}, model_options, path)
+    return model_options
+
+
+def refuse_contradictions(asked: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
+    """Raises a UsageError that names the first option whose typed value is not the checkpoint's."""
+    for name, value in asked.items():
+        if value != saved[name]:
+            now, then = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (value, saved[name]))
+            then = "the default" if then is None else then
+            raise UsageError(f"argument {flag(name)}: {now} contradicts {path}, which was made with {then}")
+
+
+def shipped_weights(stage: Stage) -> Path:
+    """The file of weights that comes with the project, for --pretrained."""
+    if not stage.weights.exists():
+        raise UsageError(f"argument --pretrained: no weights come with {stage.name}.py; train it, and leave this out")
+    return stage.weights
+
+
+class TrainedModel(NamedTuple):
+    """A model from a checkpoint, ready for use."""
+
+    path: Path
+    folder: Path  # for what is made with it
+    model: nn.Module
+    device: torch.device
+    bf16: bool
+    dataset: str
+    epochs: int
+    steps: int
+
+
+def load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], batch_size: int) -> TrainedModel:
+    """The model that `test` and `eval` use; where it is to be compiled, for batches of that size."""
+    path = shipped_weights(stage) if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
+    folder = options.run_dir / "pretrained" if options.pretrained else path.parent
+    device = pick_device(options.device)
+    bf16 = use_bf16(options.precision, device)
+    averaged = options.weights == "ema"
+    if options.pretrained and not averaged:
+        raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
+    saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
+    distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    model = build_model(stage, choose_model_options(stage, options, typed, path, saved)).eval()
+    with checkpoint.reading(path):
+        model.load_state_dict(saved["ema"] if averaged else saved["model"])
+        progress = checkpoint.from_saved(RunProgress, saved["progress"])
+        dataset = checkpoint.from_saved(RunOptions, saved["training_options"]).dataset
+    model.to(device)
+    if options.compile:
+        compile_model(model, batch_size, bf16)
+    return TrainedModel(path, folder, model, device, bf16, dataset, progress.epoch, progress.step)

@@ -1,0 +1,141 @@
+"""Images from a trained model, and what is made of them: picture grids, films, strips."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from common.data import random_generator, to_uint8
+from common.diffusion import NoisePredictor, NoiseSchedule, ddim, ddpm
+from common.run import distributed
+from common.run.checkpoint import atomic_write
+from common.run.datasets import IMAGE_SHAPE
+
+SAMPLERS = ("ddpm", "ddim")
+FILM_FORMATS = {".webp": "WEBP", ".gif": "GIF"}
+
+
+def default_steps(sampler: str, schedule_steps: int) -> int:
+    """How many time steps a sampler visits unless told otherwise: all for ddpm, as in its paper, 50 for ddim."""
+    return schedule_steps if sampler == "ddpm" else 50
+
+
+def sample_images(
+    model: NoisePredictor,
+    schedule: NoiseSchedule,
+    num_images: int,
+    *,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    spread: bool = False,
+    watch: Callable[[int, int, Tensor], None] | None = None,
+) -> Tensor:
+    """Samples images, `batch_size` at a time. Leaves the global random numbers and the model's mode alone.
+
+    Args:
+        model: predicts noise; it and the schedule are on the same device.
+        sampler: "ddpm" or "ddim".
+        steps: how many time steps to visit, see `default_steps`.
+        seed: the images depend on it, on their number, on `batch_size` and on the device.
+        spread: share the batches out among all processes, which must all call this.
+        watch: called with the number of a batch's first image, the number of steps made, from 0 on, and the state
+            (B, 3, 32, 32) that the batch is in.
+
+    Returns:
+        uint8 (num_images, 3, 32, 32) in main memory, the same whether spread or not.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: must be {' or '.join(SAMPLERS)}, got {sampler!r}")
+    steps = default_steps(sampler, schedule.steps) if steps is None else steps
+    device = schedule.beta.device
+    starts = range(0, num_images, batch_size)
+    chunks = {}
+    with _in_eval_mode(model):
+        for start in starts[distributed.RANK :: distributed.WORLD_SIZE] if spread else starts:
+            generator = random_generator(device, seed, "sample", start)
+            shape = (min(batch_size, num_images - start), *IMAGE_SHAPE)
+            xt = noise = torch.randn(shape, generator=generator, device=device)
+            states = ddim(model, schedule, noise, steps)
+            if sampler == "ddpm":
+                states = ddpm(model, schedule, noise, generator, steps)
+            for step, xt in enumerate(itertools.chain([noise], states)):
+                if watch:
+                    watch(start, step, xt)
+            chunks[start] = to_uint8(xt).cpu()
+    if spread:
+        for others in distributed.gather(chunks):
+            chunks |= others
+    return torch.cat([chunks[start] for start in sorted(chunks)])
+
+
+@contextmanager
+def _in_eval_mode(model: NoisePredictor) -> Iterator[None]:
+    """Puts a module into eval mode, and back."""
+    was_training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        yield
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(was_training)
+
+
+class Film:
+    """Keeps some of the states that an image goes through, to be handed to `sample_images` to watch.
+
+    Args:
+        steps: how many the sampler makes.
+        frames: how many states to keep, evenly spaced, the first noise and the finished image among them.
+        num_images: how many images of the batch to keep.
+    """
+
+    def __init__(self, steps: int, frames: int, num_images: int):
+        self.moments = {round(steps * i / (frames - 1)) for i in range(frames)}
+        self.num_images = num_images
+        self.frames: list[Tensor] = []  # uint8 (num_images, 3, 32, 32) each
+
+    def __call__(self, step: int, xt: Tensor) -> None:
+        if step in self.moments:
+            self.frames.append(to_uint8(xt[: self.num_images]).cpu())
+
+    def save_film(self, path: Path, seconds_per_frame: float = 0.08) -> None:
+        """Writes an animated WebP or GIF, by the file's extension: the frames as grids, the last one held for long."""
+        grids = [_grid(frame, math.ceil(math.sqrt(len(frame)))) for frame in self.frames]
+        durations = [round(1000 * seconds_per_frame)] * (len(grids) - 1) + [2500]
+        with atomic_write(path) as file:
+            grids[0].save(
+                file,
+                format=FILM_FORMATS[path.suffix.lower()],
+                save_all=True,
+                append_images=grids[1:],
+                duration=durations,
+                loop=0,
+                quality=60,  # of a WebP, of 100
+            )
+
+    def save_trajectory(self, path: Path) -> None:
+        """Writes a PNG with a row for each image, which turns from noise into itself from left to right."""
+        images = torch.stack(self.frames, dim=1).flatten(0, 1)  # (num_images * frames, 3, 32, 32)
+        with atomic_write(path) as file:
+            _grid(images, len(self.frames)).save(file, format="PNG")
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Writes uint8 images (N, 3, 32, 32) as one PNG, as square as it goes, two black pixels between them."""
+    with atomic_write(path) as file:
+        _grid(images, math.ceil(math.sqrt(len(images)))).save(file, format="PNG")
+
+
+def _grid(images: Tensor, columns: int) -> Image.Image:
+    """uint8 images (N, 3, 32, 32) side by side, two black pixels between them."""
+    from torchvision.utils import make_grid  # here, for it takes a second, for which --help need not wait
+
+    return Image.fromarray(make_grid(images, nrow=columns, padding=2).permute(1, 2, 0).numpy())

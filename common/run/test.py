@@ -1,0 +1,92 @@
+"""The command `test`: draws a picture grid from the trained model, and on demand a film and a strip."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from common.diffusion import NoiseSchedule
+from common.run import distributed
+from common.run.device import noise_predictor
+from common.run.errors import UsageError
+from common.run.models import TrainedModel, load_trained
+from common.run.options import Stage
+from common.run.pictures import FILM_FORMATS, Film, default_steps, sample_images, save_grid
+
+FILM_FRAMES = 50
+
+
+def test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+    """Draws what a stage has learned. Returns the exit status."""
+    for name, endings in (("output", [".png"]), ("film", list(FILM_FORMATS)), ("trajectory", [".png"])):
+        _check_output(f"--{name}", getattr(options, name), endings)
+    steps = sampling_steps(options)
+    trained = load_trained(stage, options, typed, min(options.batch_size, options.num_images))
+    film, trajectory = Film(steps, FILM_FRAMES, 64), Film(steps, 10, 8)
+
+    def watch(start: int, step: int, xt: Tensor) -> None:
+        if options.film and start == 0:
+            film(step, xt)
+        if options.trajectory and start == 0:
+            trajectory(step, xt)
+
+    images = draw(trained, options, options.num_images, steps, watch)
+    if distributed.RANK == 0:
+        output = options.output or trained.folder / "samples.png"
+        save_grid(images, output)
+        if options.film:
+            film.save_film(options.film)
+        if options.trajectory:
+            trajectory.save_trajectory(options.trajectory)
+        print(
+            f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
+            f"after {trained.epochs} epochs, {trained.steps} steps of training"
+        )
+    return 0
+
+
+def sampling_steps(options: argparse.Namespace) -> int:
+    """How many time steps the sampler visits."""
+    all_steps = NoiseSchedule().steps
+    steps = options.steps or default_steps(options.sampler, all_steps)
+    if steps > all_steps:
+        raise UsageError(f"argument --steps: {all_steps} at most, got {steps}")
+    return steps
+
+
+def draw(
+    trained: TrainedModel,
+    options: argparse.Namespace,
+    num_images: int,
+    steps: int,
+    watch: Callable[[int, int, Tensor], None] = lambda start, step, xt: None,
+) -> Tensor:
+    """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar."""
+    hide = None if distributed.RANK == 0 else True  # None: where stderr is no terminal
+    total = num_images * steps // distributed.WORLD_SIZE
+    with tqdm(total=total, unit=" image steps", desc=options.sampler, disable=hide) as bar:
+
+        def watch_and_tell(start: int, step: int, xt: Tensor) -> None:
+            bar.update(len(xt) if step else 0)
+            watch(start, step, xt)
+
+        return sample_images(
+            noise_predictor(trained.model, trained.bf16),
+            NoiseSchedule().to(trained.device),
+            num_images,
+            sampler=options.sampler,
+            steps=steps,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            spread=True,
+            watch=watch_and_tell,
+        )
+
+
+def _check_output(option: str, path: Path | None, endings: list[str]) -> None:
+    if path and path.suffix.lower() not in endings:
+        raise UsageError(f"argument {option}: the name must end in {' or '.join(endings)}, got {path}")
+    if path and not path.parent.is_dir():
+        raise UsageError(f"argument {option}: no such folder: {path.parent}")

@@ -1,0 +1,150 @@
+"""The command `train`: begins a run, or goes on with one."""
+
+import argparse
+import shlex
+import shutil
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from common.run import checkpoint, distributed, loop
+from common.run.checkpoint import Checkpoint
+from common.run.datasets import load_images
+from common.run.device import compile_model, compiles_training, pick_device, use_bf16
+from common.run.errors import UsageError
+from common.run.folder import locked
+from common.run.loop import Run, RunOptions
+from common.run.models import build_model, choose_model_options, refuse_contradictions, shipped_weights
+from common.run.options import Stage, flag
+
+FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
+
+
+def train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+    """Trains a stage. Returns the exit status."""
+    device = pick_device(options.device)
+    with ExitStack() as held:
+        distributed.on_first(lambda: held.enter_context(locked(options.run_dir)))
+        return _train_in_locked_folder(stage, options, typed, device)
+
+
+def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: set[str], device: torch.device) -> int:
+    path = options.run_dir / "checkpoint.pt"
+    is_first = distributed.RANK == 0
+    run = _make_run(stage, options, typed, device, path)
+    with distributed.first_of_machine_first():
+        images, held_out = (
+            load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
+            for train in (True, False)
+        )
+    if is_first:
+        _announce(run, len(images), options.run_dir)
+    if compiles_training(options.compile, device, run.bf16):
+        compile_model(run.model, run.options.batch_size // distributed.WORLD_SIZE, run.bf16, training=True)
+    if is_first and options.overwrite:
+        _remove_run(options.run_dir)
+    received = loop.train(
+        run,
+        images,
+        held_out,
+        options.run_dir,
+        max_steps=options.max_steps,
+        sample_every=options.sample_every,
+        checkpoint_every=options.checkpoint_every,
+    )
+    progress = run.progress
+    finished = progress.epoch >= run.options.epochs
+    if is_first:
+        done = f"{path}: {progress.epoch} of {run.options.epochs} epochs done, {progress.step} steps"
+        if progress.seen:
+            done += f", train loss {run.mean_loss():.4f} in the epoch under way"
+        command = _next_command(stage, options, typed, finished)
+        print(f"{done}; {'draw pictures' if finished else 'go on'} with: {command}")
+    return 128 + received if received else 0
+
+
+def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device: torch.device, path: Path) -> Run:
+    """The run to train: the one in the run folder if --resume says so, or a new one."""
+    saved = distributed.on_first(lambda: _find_run(stage, options, path))
+    source, weights = path, saved
+    if options.pretrained and not saved:
+        source = shipped_weights(stage)
+        weights = distributed.on_first(lambda: checkpoint.load(source, stage.name, ema_only=True))
+    model_options = choose_model_options(stage, options, typed, source, weights)
+    run_options = _run_options(options, typed, path, saved)
+    if run_options.batch_size % distributed.WORLD_SIZE:
+        raise UsageError(
+            f"argument --batch-size: {distributed.WORLD_SIZE} processes cannot share a batch of "
+            f"{run_options.batch_size} equally; give a multiple of {distributed.WORLD_SIZE}"
+        )
+    torch.manual_seed(run_options.seed)
+    model = build_model(stage, model_options).to(device)
+    if weights and not saved:
+        with checkpoint.reading(source):
+            model.load_state_dict(weights["ema"])
+    run = Run(stage.name, model_options, model, run_options, use_bf16(run_options.precision, device))
+    if saved:
+        with checkpoint.reading(path):
+            run.restore(saved)
+    return run
+
+
+def _find_run(stage: Stage, options: argparse.Namespace, path: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one and --resume is given."""
+    if path.exists() and not options.resume and not options.overwrite:
+        raise UsageError(
+            f"--run-dir {options.run_dir}: there is a run already; continue it with --resume, "
+            "discard it with --overwrite, or name another folder"
+        )
+    return checkpoint.load(path, stage.name) if path.exists() and options.resume else None
+
+
+def _run_options(options: argparse.Namespace, typed: set[str], path: Path, saved: Checkpoint | None) -> RunOptions:
+    """The training options: those of the checkpoint, if there is one, changed by what was typed."""
+    asked = {f.name: getattr(options, f.name) for f in fields(RunOptions) if hasattr(options, f.name)}
+    if saved is None:
+        return RunOptions(**asked)
+    with checkpoint.reading(path):
+        before = checkpoint.from_saved(RunOptions, saved["training_options"])
+    changed = {name: asked[name] for name in typed & asked.keys()}
+    refuse_contradictions({n: changed[n] for n in changed if n in FIXED}, saved["training_options"], path)
+    return replace(before, **changed)
+
+
+def _announce(run: Run, num_images: int, run_dir: Path) -> None:
+    precision = "bf16" if run.bf16 else "fp32"
+    where = f"{run.device} in {precision}"
+    if distributed.WORLD_SIZE > 1:
+        where = f"{distributed.WORLD_SIZE} processes, each on {run.device.type} in {precision}"
+    print(
+        f"{run.stage}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
+        f"{num_images:,} images of {run.options.dataset}; {where}; "
+        f"{run.options.epochs} epochs, {run.progress.epoch} done; {run_dir}",
+        flush=True,
+    )
+
+
+def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], finished: bool) -> str:
+    """What to type after `train`: with those of the typed options that the checkpoint does not carry."""
+    if distributed.WORLD_SIZE > 1 and not finished:
+        return "the same torchrun command, and --resume"
+    words = ["python", f"{stage.name}.py", *(["test"] if finished else ["train", "--resume"])]
+    names = ["run_dir", "device"]
+    if not finished:
+        names += ["data_dir", "data_url", "compile", "sample_every", "checkpoint_every"]
+    for name in names:
+        value = getattr(options, name)
+        if name in typed and isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif name in typed:
+            words += [flag(name), str(value)]
+    return shlex.join(words)
+
+
+def _remove_run(run_dir: Path) -> None:
+    for name in ("checkpoint.pt", "log.csv", "loss.png", "samples.png", "eval.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    if (run_dir / "samples").exists():
+        shutil.rmtree(run_dir / "samples")
