@@ -8,8 +8,7 @@ and two doublings back, with two skip connections across; 16 channels at the top
     python part_a_cifar.py test                       # 64 pictures from the trained weights
     python part_a_cifar.py eval                       # how good it is on held-out images, in numbers
 
-559,331 parameters; 428 images/s on 2 cores of an Intel Xeon with AMX, so 2.6 hours for 80 epochs.
-Held-out loss 0.0366 after 5 of them.
+559,331 parameters.
 """
 
 import argparse
@@ -18,9 +17,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.blocks import Downsample, PositionalEncoding, ResnetBlock, Upsample, group_norm, zero_init
+from common.blocks import (
+    Downsample,
+    PositionalEncoding,
+    ResnetBlock,
+    Upsample,
+    group_norm,
+    zero_init,
+)
+from common.run import options
 from common.run.cli import main
-from common.run.options import OptionGroup, Stage, add_norm_groups
 
 
 class Model(nn.Module):
@@ -32,7 +38,12 @@ class Model(nn.Module):
         norm_groups: groups of every GroupNorm; by default at least four channels to a group.
     """
 
-    def __init__(self, num_steps: int = 1000, embed_dim: int = 64, norm_groups: int | None = None):
+    def __init__(
+        self,
+        num_steps: int = 1000,
+        embed_dim: int = 64,
+        norm_groups: int | None = None,
+    ):
         super().__init__()
         self.embed = nn.Sequential(
             PositionalEncoding(embed_dim, num_steps),
@@ -91,15 +102,21 @@ class Model(nn.Module):
         return self.conv_out(self.act_out(self.norm_out(x)))
 
 
-def add_options(model: OptionGroup, training: OptionGroup) -> None:
-    add_norm_groups(model)
+def build_model(args: argparse.Namespace) -> Model:
+    return Model(
+        norm_groups=args.norm_groups,
+    )
 
 
-def build_model(options: argparse.Namespace) -> Model:
-    return Model(norm_groups=options.norm_groups)
-
-
-stage = Stage(__file__, __doc__, add_options, build_model, epochs=80)
+stage = options.Stage(
+    __file__,
+    __doc__,
+    build_model,
+    model_options=[
+        options.norm_groups,
+    ],
+    epochs=80,
+)
 
 if __name__ == "__main__":
     main(stage)

@@ -8,8 +8,7 @@ block sees what the encoder saw at its resolution. The blocks live in three list
     python part_d_cifar_arch.py test
     python part_d_cifar_arch.py eval
 
-1,523,715 parameters; 194 images/s on 2 cores of an Intel Xeon with AMX, so 8.6 hours for 120 epochs.
-Held-out loss 0.0341 after 5 of them.
+1,523,715 parameters.
 """
 
 import argparse
@@ -30,8 +29,8 @@ from common.blocks import (
     group_norm,
     zero_init,
 )
+from common.run import options
 from common.run.cli import main
-from common.run.options import OptionGroup, Stage, add_norm_groups, multiple_of_32
 
 
 class Model(nn.Module):
@@ -119,21 +118,24 @@ class Model(nn.Module):
         return self.out(x)
 
 
-def add_options(model: OptionGroup, training: OptionGroup) -> None:
-    model.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the first level")
-    model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
-    add_norm_groups(model)
-
-
-def build_model(options: argparse.Namespace) -> Model:
+def build_model(args: argparse.Namespace) -> Model:
     return Model(
-        ch=options.model_channels,
-        activation_fn=ACTIVATIONS[options.activation],
-        norm_groups=options.norm_groups,
+        ch=args.model_channels,
+        activation_fn=ACTIVATIONS[args.activation],
+        norm_groups=args.norm_groups,
     )
 
 
-stage = Stage(__file__, __doc__, add_options, build_model)
+stage = options.Stage(
+    __file__,
+    __doc__,
+    build_model,
+    model_options=[
+        options.model_channels,
+        options.activation,
+        options.norm_groups,
+    ],
+)
 
 if __name__ == "__main__":
     main(stage)

@@ -9,8 +9,7 @@ by default, down to 4 x 4 pixels, three at twice the width and the last one narr
     python part_e_cifar_deeper.py test
     python part_e_cifar_deeper.py eval
 
-2,017,667 parameters; 117 images/s on 2 cores of an Intel Xeon with AMX, so 14 hours for 120 epochs.
-Held-out loss 0.0335 after 5 of them.
+2,017,667 parameters.
 """
 
 import argparse
@@ -32,8 +31,8 @@ from common.blocks import (
     group_norm,
     zero_init,
 )
+from common.run import options
 from common.run.cli import main
-from common.run.options import OptionGroup, Stage, add_norm_groups, multiple_of_32, whole_number
 
 
 class Model(nn.Module):
@@ -121,33 +120,28 @@ class Model(nn.Module):
         return self.out(x)
 
 
-def add_options(model: OptionGroup, training: OptionGroup) -> None:
-    model.add_argument(
-        "--model-channels", type=multiple_of_32, default=32, help="channels that --channel-mult multiplies"
-    )
-    model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
-    model.add_argument("--num-res-blocks", type=whole_number(1, 16), default=2, help="ResnetBlocks per level")
-    model.add_argument(
-        "--channel-mult",
-        type=whole_number(1, 16),
-        nargs="+",
-        default=[2, 2, 2, 1],
-        help="width of each level, in multiples of --model-channels",
-    )
-    add_norm_groups(model)
-
-
-def build_model(options: argparse.Namespace) -> Model:
+def build_model(args: argparse.Namespace) -> Model:
     return Model(
-        model_channels=options.model_channels,
-        activation_fn=ACTIVATIONS[options.activation],
-        num_res_blocks=options.num_res_blocks,
-        channel_mult=options.channel_mult,
-        norm_groups=options.norm_groups,
+        model_channels=args.model_channels,
+        activation_fn=ACTIVATIONS[args.activation],
+        num_res_blocks=args.num_res_blocks,
+        channel_mult=args.channel_mult,
+        norm_groups=args.norm_groups,
     )
 
 
-stage = Stage(__file__, __doc__, add_options, build_model)
+stage = options.Stage(
+    __file__,
+    __doc__,
+    build_model,
+    model_options=[
+        options.model_channels,
+        options.activation,
+        options.num_res_blocks,
+        options.channel_mult,
+        options.norm_groups,
+    ],
+)
 
 if __name__ == "__main__":
     main(stage)

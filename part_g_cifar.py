@@ -8,8 +8,7 @@ ResnetBlock of the levels named by --attention-resolutions, and one in the middl
     python part_g_cifar.py test
     python part_g_cifar.py eval
 
-2,193,219 parameters; 87 images/s on 2 cores of an Intel Xeon with AMX, so 19 hours for 120 epochs.
-Held-out loss 0.0334 after 5 of them.
+2,193,219 parameters.
 """
 
 import argparse
@@ -31,8 +30,8 @@ from common.blocks import (
     group_norm,
     zero_init,
 )
+from common.run import options
 from common.run.cli import main
-from common.run.options import OptionGroup, Stage, add_norm_groups, multiple_of_32, whole_number
 
 
 class AttentionBlock(nn.Module):
@@ -111,10 +110,8 @@ class Model(nn.Module):
                 self.input_blocks.append(Downsample(ch, ch))
                 skip_channels.append(ch)
 
-        middle_blocks = [block(ch, ch) for _ in range(num_res_blocks)]
-        self.middle_block = TimestepBlockSequential(
-            middle_blocks[0], AttentionBlock(ch, norm_groups), *middle_blocks[1:]
-        )
+        self.middle_block = TimestepBlockSequential(*[block(ch, ch) for _ in range(num_res_blocks)])
+        self.middle_block.insert(1, AttentionBlock(ch, norm_groups))
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -151,44 +148,41 @@ class Model(nn.Module):
         return self.out(x)
 
 
-def add_options(model: OptionGroup, training: OptionGroup) -> None:
-    model.add_argument(
-        "--model-channels", type=multiple_of_32, default=32, help="channels that --channel-mult multiplies"
-    )
-    model.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
-    model.add_argument("--num-res-blocks", type=whole_number(1, 16), default=2, help="ResnetBlocks per level")
-    model.add_argument(
-        "--channel-mult",
-        type=whole_number(1, 16),
-        nargs="+",
-        default=[2, 2, 2, 1],
-        help="width of each level, in multiples of --model-channels",
-    )
-    model.add_argument(
+def attention_resolutions(group: options.OptionGroup) -> None:
+    group.add_argument(
         "--attention-resolutions",
-        type=whole_number(1, 32),
+        type=options.whole_number(1, 32),
         nargs="*",
         default=[16],
         help="pixels a side of the levels whose ResnetBlocks are followed by attention",
     )
-    add_norm_groups(model)
-    training.add_argument(
-        "--hflip", action=argparse.BooleanOptionalAction, default=True, help="flip images left-right by chance"
-    )
 
 
-def build_model(options: argparse.Namespace) -> Model:
+def build_model(args: argparse.Namespace) -> Model:
     return Model(
-        model_channels=options.model_channels,
-        activation_fn=ACTIVATIONS[options.activation],
-        num_res_blocks=options.num_res_blocks,
-        channel_mult=options.channel_mult,
-        attention_resolutions=options.attention_resolutions,
-        norm_groups=options.norm_groups,
+        model_channels=args.model_channels,
+        activation_fn=ACTIVATIONS[args.activation],
+        num_res_blocks=args.num_res_blocks,
+        channel_mult=args.channel_mult,
+        attention_resolutions=args.attention_resolutions,
+        norm_groups=args.norm_groups,
     )
 
 
-stage = Stage(__file__, __doc__, add_options, build_model)
+stage = options.Stage(
+    __file__,
+    __doc__,
+    build_model,
+    model_options=[
+        options.model_channels,
+        options.activation,
+        options.num_res_blocks,
+        options.channel_mult,
+        attention_resolutions,
+        options.norm_groups,
+    ],
+    training_options=[partial(options.hflip, default=True)],
+)
 
 if __name__ == "__main__":
     main(stage)

@@ -38,6 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.diffusion import NoiseSchedule, ddpm
+from common.run.checkpoint import RunOptions
 from common.run.datasets import IMAGE_SHAPE, load_images
 from common.run.device import (
     compile_model,
@@ -48,7 +49,7 @@ from common.run.device import (
     use_bf16,
 )
 from common.run.errors import UserError
-from common.run.loop import Run, RunOptions
+from common.run.loop import Run
 from common.run.options import whole_number
 
 STAGES = {

@@ -17,7 +17,8 @@ from benchmarks import train_chapter
 from benchmarks.mean_colour import errors_by_range
 from benchmarks.throughput import flops_per_image
 from common.run import checkpoint
-from common.run.loop import Run, RunOptions, train
+from common.run.checkpoint import RunOptions
+from common.run.loop import Run, train
 from common.run.pictures import save_grid
 from tests.tiny_run import Tiny
 

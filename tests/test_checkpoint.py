@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.run import checkpoint
-from common.run.checkpoint import Checkpoint, atomic_write
+from common.run.checkpoint import Checkpoint, RunOptions, atomic_write
 from common.run.errors import UserError
-from common.run.loop import Run, RunOptions
+from common.run.loop import Run
 from part_a_cifar import Model
 from tests.conftest import Attack, run_stage
 

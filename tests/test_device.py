@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from common.run import checkpoint
+from common.run.checkpoint import RunOptions
 from common.run.device import GraphedFunction, compile_model, compiles_training, pick_device, use_bf16
 from common.run.errors import UsageError
-from common.run.loop import Run, RunOptions
+from common.run.loop import Run
 from part_a_cifar import Model
 from tests.conftest import ROOT, STAGES
 

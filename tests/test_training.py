@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from common.diffusion import NoiseSchedule, diffusion_loss
 from common.likelihood import held_out_draws
 from common.run import checkpoint
+from common.run.checkpoint import RunOptions
 from common.run.device import use_bf16
 from common.run.errors import UserError
 from common.run.folder import plot_losses
-from common.run.loop import Run, RunOptions, train
+from common.run.loop import Run, train
 from common.training import AveragedWeights, Trainer, TrainingOptions
 from tests.conftest import ROOT, STAGES, run_stage
 
@@ -183,7 +184,7 @@ def test_logged_loss_is_the_mean_over_images_whatever_the_batches(images: Tensor
         return add_noise(x0, t, noise)
 
     trainer.schedule.add_noise = note  # type: ignore[method-assign]
-    for loss, count in zip(trainer.steps(images), (16, 16, 12)):
+    for count, loss in zip((16, 16, 12), trainer.steps(images)):
         assert loss.item() == pytest.approx(noises[-1][:count].square().mean().item(), rel=1e-6)
     noises[2] = noises[2][:12]  # the last batch is filled up to 16, but only its 12 images count
     trainer.progress.seconds = 1.0

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.run import checkpoint
+from common.run.checkpoint import RunOptions
 from common.run.folder import locked
-from common.run.loop import Run, RunOptions, train
+from common.run.loop import Run, train
 
 STAGE = "tiny"
 EPOCHS = 60  # of three steps and three checkpoints each

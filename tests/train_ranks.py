@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from common.run import distributed
+from common.run.checkpoint import RunOptions
 from common.run.evaluate import measure_bound, measure_losses
-from common.run.loop import Run, RunOptions, train
+from common.run.loop import Run, train
 from part_a_cifar import Model
 
 

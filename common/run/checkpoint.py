@@ -8,19 +8,35 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, TypedDict, TypeVar, get_origin
+from typing import IO, Any, TypedDict, get_origin
 
 import torch
 from torch import Tensor
 
 from common.run.errors import UserError
+from common.training import Progress, TrainingOptions
 
 FORMAT = 3
 READABLE = (2, 3)  # 2: there was no option --norm-groups; 1: the norms had other groups
 
-T = TypeVar("T")
+
+@dataclass
+class RunOptions(TrainingOptions):
+    """The training options that a checkpoint carries."""
+
+    dataset: str = "cifar10"
+    precision: str = "auto"  # or "fp32" or "bf16", see device.use_bf16
+
+
+@dataclass
+class RunProgress(Progress):
+    """How far a run has come, as a checkpoint carries it."""
+
+    loss_sum: float = 0.0  # sum of the losses of the images seen in the epoch under way
+    seconds: float = 0.0  # what those images took, without checkpoints and sample grids
+    log: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv, one per completed epoch
 
 
 class Checkpoint(TypedDict):
@@ -29,8 +45,8 @@ class Checkpoint(TypedDict):
     format: int  # FORMAT of the version that wrote it
     stage: str  # name of the script, without .py
     model_options: dict[str, Any]  # the stage's model options, as on the command line
-    training_options: dict[str, Any]  # the fields of TrainingOptions
-    progress: dict[str, Any]  # the fields of Progress
+    training_options: dict[str, Any]  # the fields of RunOptions
+    progress: dict[str, Any]  # the fields of RunProgress
     model: dict[str, Tensor]  # state dict of the trained weights
     ema: dict[str, Tensor]  # state dict of the averaged weights
     optimizer: dict[int, Any]  # Adam's moments
@@ -63,7 +79,7 @@ def _write(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
-    """Reads a checkpoint of the given stage into main memory.
+    """Reads a checkpoint of the given stage into main memory, and checks all of it that does not depend on the model.
 
     Args:
         ema_only: be content with what `save_weights` leaves.
@@ -96,6 +112,8 @@ def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
         for name, weight in (*contents.get("model", {}).items(), *contents["ema"].items()):
             if not weight.isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
+        _check(RunOptions, contents["training_options"])
+        _check(RunProgress, contents["progress"])
     return contents  # type: ignore[return-value]
 
 
@@ -111,24 +129,22 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: not a checkpoint of this project, or a damaged one: {reason[:200]}") from error
 
 
-def from_saved(kind: type[T], values: dict[str, Any]) -> T:
-    """A dataclass made from what a checkpoint says.
+def _check(kind: type[Any], values: dict[str, Any]) -> None:
+    """Makes sure that a dataclass can be made from what a checkpoint says.
 
     Raises:
         TypeError, ValueError: a value is missing, unknown or of another type than its field, or a number is negative
             or not finite.
     """
-    missing = {field.name for field in fields(kind)} - values.keys()  # type: ignore[arg-type]
+    missing = {field.name for field in fields(kind)} - values.keys()
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    made = kind(**values)
-    for field in fields(made):  # type: ignore[arg-type]
-        value = getattr(made, field.name)
-        if not isinstance(value, get_origin(field.type) or field.type):  # type: ignore[arg-type]
-            raise TypeError(f"{field.name} is {value!r}")
+    for field_ in fields(kind(**values)):
+        value = values[field_.name]
+        if not isinstance(value, get_origin(field_.type) or field_.type):  # type: ignore[arg-type]
+            raise TypeError(f"{field_.name} is {value!r}")
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise ValueError(f"{field.name} is {value}")
-    return made
+            raise ValueError(f"{field_.name} is {value}")
 
 
 @contextmanager

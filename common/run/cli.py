@@ -20,9 +20,9 @@ MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
-    options, typed = parse(stage, argv)
-    command = {"train": train, "test": test, "eval": evaluate}[options.command]
     try:
+        options, typed = parse(stage, argv)
+        command = {"train": train, "test": test, "eval": evaluate}[options.command]
         keep_freed_memory()
         with torch.device("meta"):  # whose tensors take no memory: wrong model options are told before any work
             model = build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})

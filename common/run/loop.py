@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,35 +20,18 @@ from common.data import random_generator, shuffled_batches, to_uint8
 from common.diffusion import diffusion_loss
 from common.likelihood import HELD_OUT_BLOCK, held_out_draws
 from common.run import checkpoint, distributed
-from common.run.checkpoint import Checkpoint
+from common.run.checkpoint import Checkpoint, RunOptions, RunProgress
 from common.run.device import GraphedFunction, in_precision, noise_predictor
 from common.run.errors import UserError
 from common.run.folder import LOG_COLUMNS, plot_losses, write_log
 from common.run.pictures import sample_images, save_grid
-from common.training import Progress, Trainer, TrainingOptions
+from common.training import Trainer
 
 GRID_IMAGES = 64
 GRID_STEPS = 50  # of the DDPM sampler: DDIM's fifty draw loud colours and grain while the model is young
 LOG_HELD_OUT_IMAGES = 2000  # for the held-out loss of every epoch: 1.3 % of an epoch's work
 CHECK_EVERY = 100  # steps between two looks at whether the run is still sound
 PLOT_EVERY = 30.0  # seconds at least between two drawings of the loss curve
-
-
-@dataclass
-class RunOptions(TrainingOptions):
-    """The training options that a checkpoint carries."""
-
-    dataset: str = "cifar10"
-    precision: str = "auto"  # or "fp32" or "bf16", see device.use_bf16
-
-
-@dataclass
-class RunProgress(Progress):
-    """How far a run has come. A checkpoint carries it."""
-
-    loss_sum: float = 0.0  # sum of the losses of the images seen in the epoch under way
-    seconds: float = 0.0  # what those images took, without checkpoints and sample grids
-    log: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv, one per completed epoch
 
 
 class Run(Trainer):
@@ -162,7 +145,7 @@ class Run(Trainer):
         Raises:
             RuntimeError, ValueError, LookupError, TypeError, AttributeError: `saved` does not fit.
         """
-        self.progress = checkpoint.from_saved(RunProgress, saved["progress"])
+        self.progress = RunProgress(**saved["progress"])
         self._loss_sum.fill_(self.progress.loss_sum)
         self.model.load_state_dict(saved["model"])
         self.ema.module.load_state_dict(saved["ema"])
@@ -240,8 +223,7 @@ def train(
                 bar.write(_epoch_line(run), file=sys.stderr)
             is_time_to_plot = epoch_is_complete and time.perf_counter() - plotted > PLOT_EVERY
             if is_first and progress.log and (is_over or is_time_to_plot):
-                if not plot_losses(run_dir) and plotted == -math.inf:
-                    bar.write("no loss.png, which takes matplotlib: python -m pip install matplotlib", sys.stderr)
+                _plot(run_dir, bar, is_first_time=plotted == -math.inf)
                 plotted = time.perf_counter()
             grid = _sample_grid_due(run, run_dir, sample_every)
             if is_first and grid and not received:
@@ -280,6 +262,11 @@ def _progress_bar(run: Run, num_images: int, max_steps: int | None) -> tqdm:
     hide = None if distributed.RANK == 0 else True  # None: where stderr is no terminal
     seen = run.progress.epoch * num_images + run.progress.seen
     return tqdm(total=total, initial=seen, unit=" images", disable=hide)
+
+
+def _plot(run_dir: Path, bar: tqdm, is_first_time: bool) -> None:
+    if not plot_losses(run_dir) and is_first_time:
+        bar.write("no loss.png, which takes matplotlib: python -m pip install matplotlib", sys.stderr)
 
 
 def _epoch_line(run: Run) -> str:

@@ -12,7 +12,6 @@ from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
 from common.run.device import compile_model, pick_device, use_bf16
 from common.run.errors import UsageError
-from common.run.loop import RunOptions, RunProgress
 from common.run.options import Stage, flag, model_defaults, saved_model_options
 
 
@@ -89,9 +88,8 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], bat
     model = build_model(stage, choose_model_options(stage, options, typed, path, saved)).eval()
     with checkpoint.reading(path):
         model.load_state_dict(saved["ema"] if averaged else saved["model"])
-        progress = checkpoint.from_saved(RunProgress, saved["progress"])
-        dataset = checkpoint.from_saved(RunOptions, saved["training_options"]).dataset
     model.to(device)
     if options.compile:
         compile_model(model, batch_size, bf16)
-    return TrainedModel(path, folder, model, device, bf16, dataset, progress.epoch, progress.step)
+    dataset, progress = saved["training_options"]["dataset"], saved["progress"]
+    return TrainedModel(path, folder, model, device, bf16, dataset, progress["epoch"], progress["step"])

@@ -5,19 +5,32 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 
 from common import __version__
+from common.blocks import ACTIVATIONS
 from common.run.datasets import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES
+from common.run.errors import UsageError
 from common.run.pictures import SAMPLERS
 from common.training import TrainingOptions
 
-OptionGroup = argparse._ArgumentGroup
-
 MAX_SAMPLES = 100_000
+
+
+class OptionGroup(Protocol):
+    """A parser of argparse, or one of its groups."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """See argparse.ArgumentParser."""
+
+    def add_mutually_exclusive_group(self) -> "OptionGroup":
+        """See argparse.ArgumentParser."""
+
+
+AddOption = Callable[[OptionGroup], object]
 
 
 @dataclass(frozen=True)
@@ -27,16 +40,17 @@ class Stage:
     Args:
         file: the script; its name without .py is the stage's name.
         description: its docstring, for --help.
-        add_options: adds the stage's own options, those of the model to the first group, those of the training to the
-            second. A checkpoint carries their values.
         build_model: makes the model from the values of the model options. A ValueError becomes a usage error.
+        model_options: functions that add an option of the model each. A checkpoint carries their values.
+        training_options: the same for fields of TrainingOptions that not every stage has as an option.
         epochs: default of --epochs.
     """
 
     file: str
     description: str | None
-    add_options: Callable[[OptionGroup, OptionGroup], None]
     build_model: Callable[[argparse.Namespace], nn.Module]
+    model_options: Sequence[AddOption] = ()
+    training_options: Sequence[AddOption] = ()
     epochs: int = TrainingOptions.epochs
 
     @property
@@ -50,17 +64,10 @@ class Stage:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are a UsageError, which `cli.main` turns into one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-class _StrictParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are exceptions."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -80,14 +87,16 @@ def parse(stage: Stage, argv: Sequence[str] | None) -> tuple[argparse.Namespace,
     return options, typed
 
 
-def _model_parser(stage: Stage) -> _StrictParser:
+def _model_parser(stage: Stage) -> _Parser:
     """Of the stage's model options alone."""
-    model, training = _StrictParser(add_help=False, allow_abbrev=False), _StrictParser(add_help=False)
-    stage.add_options(model.add_argument_group(), training.add_argument_group())
-    return model
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for add_option in stage.model_options:
+        add_option(parser)
+    return parser
 
 
 def model_defaults(stage: Stage) -> dict[str, Any]:
+    """The model options of a stage, by name, with their defaults."""
     return vars(_model_parser(stage).parse_args([]))
 
 
@@ -95,7 +104,7 @@ def saved_model_options(stage: Stage, saved: dict[str, Any]) -> dict[str, Any]:
     """The model options of a checkpoint; one that it does not name, because it is older, has its default.
 
     Raises:
-        TypeError, ValueError, AttributeError: they could not have come from the command line.
+        UsageError, TypeError, ValueError, AttributeError: they could not have come from the command line.
     """
     words = []
     for name, value in saved.items():
@@ -126,9 +135,11 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
         )
     )
     for command in (train, test, evaluate):
-        model = command.add_argument_group("model")
-        training = command.add_argument_group("training")
-        stage.add_options(model, training)
+        model, training = command.add_argument_group("model"), command.add_argument_group("training")
+        for add_option in stage.model_options:
+            add_option(model)
+        for add_option in stage.training_options:
+            add_option(training)
         if command is train:
             _add_training_options(training, stage)
             _add_data_options(command.add_argument_group("data"), choose=True)
@@ -277,13 +288,40 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
 # Options that several stages share
 
 
-def add_norm_groups(group: OptionGroup) -> None:
-    """--norm-groups: the chapter's own networks have 16 in part A and 32 from part B on."""
+def model_channels(group: OptionGroup) -> None:
+    group.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the U-Net")
+
+
+def activation(group: OptionGroup) -> None:
+    group.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="activation of the whole network")
+
+
+def norm_groups(group: OptionGroup) -> None:
     group.add_argument(
         "--norm-groups",
         type=whole_number(1, 1024),
         help="groups of every GroupNorm; the chapter has 16 in part A, then 32 (default: one for every four channels, "
         "32 at most)",
+    )
+
+
+def num_res_blocks(group: OptionGroup) -> None:
+    group.add_argument("--num-res-blocks", type=whole_number(1, 16), default=2, help="ResnetBlocks per level")
+
+
+def channel_mult(group: OptionGroup) -> None:
+    group.add_argument(
+        "--channel-mult",
+        type=whole_number(1, 16),
+        nargs="+",
+        default=[2, 2, 2, 1],
+        help="width of each level, in multiples of --model-channels",
+    )
+
+
+def hflip(group: OptionGroup, default: bool = False) -> None:
+    group.add_argument(
+        "--hflip", action=argparse.BooleanOptionalAction, default=default, help="flip images left-right by chance"
     )
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from common.run import checkpoint, distributed, loop
-from common.run.checkpoint import Checkpoint
+from common.run.checkpoint import Checkpoint, RunOptions
 from common.run.datasets import load_images
 from common.run.device import compile_model, compiles_training, pick_device, use_bf16
 from common.run.errors import UsageError
 from common.run.folder import locked
-from common.run.loop import Run, RunOptions
+from common.run.loop import Run
 from common.run.models import build_model, choose_model_options, refuse_contradictions, shipped_weights
 from common.run.options import Stage, flag
 
@@ -106,11 +106,9 @@ def _run_options(options: argparse.Namespace, typed: set[str], path: Path, saved
     asked = {f.name: getattr(options, f.name) for f in fields(RunOptions) if hasattr(options, f.name)}
     if saved is None:
         return RunOptions(**asked)
-    with checkpoint.reading(path):
-        before = checkpoint.from_saved(RunOptions, saved["training_options"])
     changed = {name: asked[name] for name in typed & asked.keys()}
     refuse_contradictions({n: changed[n] for n in changed if n in FIXED}, saved["training_options"], path)
-    return replace(before, **changed)
+    return replace(RunOptions(**saved["training_options"]), **changed)
 
 
 def _announce(run: Run, num_images: int, run_dir: Path) -> None:
