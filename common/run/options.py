@@ -87,33 +87,55 @@ def parse(stage: Stage, argv: Sequence[str] | None) -> tuple[argparse.Namespace,
     return options, typed
 
 
-def _model_parser(stage: Stage) -> _Parser:
-    """Of the stage's model options alone."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+class _Recorder(argparse.ArgumentParser):
+    """An ArgumentParser that remembers its options."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False)
+        self.actions: list[argparse.Action] = []
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        self.actions.append(super().add_argument(*names, **settings))
+        return self.actions[-1]
+
+
+def _model_actions(stage: Stage) -> dict[str, argparse.Action]:
+    """What argparse knows of each of the stage's model options, by name."""
+    recorder = _Recorder()
     for add_option in stage.model_options:
-        add_option(parser)
-    return parser
+        add_option(recorder)
+    return {action.dest: action for action in recorder.actions}
 
 
 def model_defaults(stage: Stage) -> dict[str, Any]:
     """The model options of a stage, by name, with their defaults."""
-    return vars(_model_parser(stage).parse_args([]))
+    return {name: action.default for name, action in _model_actions(stage).items()}
 
 
 def saved_model_options(stage: Stage, saved: dict[str, Any]) -> dict[str, Any]:
     """The model options of a checkpoint; one that it does not name, because it is older, has its default.
 
     Raises:
-        UsageError, TypeError, ValueError, AttributeError: they could not have come from the command line.
+        argparse.ArgumentTypeError, TypeError, ValueError: they could not have come from the command line.
     """
-    words = []
+    actions = _model_actions(stage)
     for name, value in saved.items():
-        if value is not None:  # which is the default of an option that need not be given
-            words += [flag(name), *map(str, value if isinstance(value, list) else [value])]
-    options = vars(_model_parser(stage).parse_args(words))
-    if {**options, **saved} != options:
-        raise ValueError(f"its model options are {saved}")
-    return options
+        if name not in actions or not _could_be_typed(actions[name], value):
+            raise ValueError(f"its model option {name} is {value!r}")
+    return {name: saved.get(name, action.default) for name, action in actions.items()}
+
+
+def _could_be_typed(action: argparse.Action, value: Any) -> bool:
+    """Whether the command line could give an option that value."""
+    if value == action.default:
+        return True
+    if action.nargs == 0:  # a flag
+        return isinstance(value, bool)
+    if isinstance(value, list) != (action.nargs is not None):
+        return False
+    convert = action.type if callable(action.type) else str
+    values = value if isinstance(value, list) else [value]
+    return all(convert(str(v)) == v and (action.choices is None or v in action.choices) for v in values)
 
 
 def flag(name: str) -> str:
