@@ -48,6 +48,10 @@ def random_generator(device: torch.device | str, seed: int, purpose: str, index:
 
     Every step of a run has one of its own, so a run that goes on after an interruption draws what it would have drawn.
     """
+    return torch.Generator(device).manual_seed(random_seed(seed, purpose, index))
+
+
+def random_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed of 64 bits that depends on nothing but the arguments."""
     entropy = [seed, int.from_bytes(purpose.encode(), "big"), index]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

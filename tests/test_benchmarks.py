@@ -36,7 +36,7 @@ def campaign(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) ->
             folder, epochs = Path(words[words.index("--run-dir") + 1]), int(words[words.index("--epochs") + 1])
             trainer = Run(name, {}, Tiny(), RunOptions(epochs=epochs, batch_size=44))
             if (folder / "checkpoint.pt").exists():
-                trainer.restore(checkpoint.load(folder / "checkpoint.pt", name))
+                trainer.restore(checkpoint.load(folder / "checkpoint.pt", name), folder / "checkpoint.pt")
             train(trainer, images, images[:2], folder, sample_every=0)
             save_grid(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), folder / "samples" / f"epoch-{epochs:04d}.png")
         else:

@@ -184,7 +184,7 @@ def tiny_run_until(step: int, run_dir: Path) -> bytes:
 
 def go_on(run_dir: Path) -> None:
     trainer = tiny_run.make_trainer()
-    trainer.restore(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE))
+    trainer.restore(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE), run_dir / "checkpoint.pt")
     train(trainer, tiny_run.make_images(), tiny_run.make_images(), run_dir, sample_every=0)
 
 
@@ -260,7 +260,7 @@ def test_a_run_folder_that_vanishes_is_an_error(tmp_path: Path, monkeypatch: pyt
     run_dir = tmp_path / "run"
     before = tiny_run_until(4, run_dir)
     trainer = tiny_run.make_trainer()
-    trainer.restore(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE))
+    trainer.restore(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE), run_dir / "checkpoint.pt")
     step = trainer.step
 
     def step_then_vanish(images: Tensor, weight: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_resumed_run_equals_the_uncut_one_bit_for_bit(
         torch.manual_seed(max_steps or 99)  # as another process would start out
         trainer = make_trainer(hflip=True)
         if (tmp_path / "checkpoint.pt").exists():
-            trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"))
+            trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"), tmp_path / "checkpoint.pt")
         train(trainer, images, images, tmp_path, max_steps=max_steps, sample_every=0)
         assert trainer.progress.step == (max_steps or 9)
     assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
@@ -101,7 +101,7 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_as_good(
         patch.setattr(checkpoint, "save", save_then_die)
         train(make_trainer(hflip=True), images, images, tmp_path, sample_every=0, checkpoint_every=2)
     trainer = make_trainer(hflip=True)
-    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"))
+    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"), tmp_path / "checkpoint.pt")
     assert (trainer.progress.step, trainer.progress.seen) == (4, 16)
     train(trainer, images, images, tmp_path, sample_every=0)
     assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
@@ -139,7 +139,7 @@ def test_pictures_that_a_death_left_out_are_drawn_on_resuming(
     drawn = grid.read_bytes()
     grid.unlink()
     trainer = make_trainer()
-    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"))
+    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"), tmp_path / "checkpoint.pt")
     train(trainer, images, images, tmp_path, max_steps=6, sample_every=2)
     assert grid.read_bytes() == drawn
 

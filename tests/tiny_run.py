@@ -58,7 +58,7 @@ def run(run_dir: Path, started: Any = None, death: tuple[str, str, int] | None =
         trainer = make_trainer()
         path = run_dir / "checkpoint.pt"
         if path.exists():
-            trainer.restore(checkpoint.load(path, STAGE))
+            trainer.restore(checkpoint.load(path, STAGE), path)
         step, first = trainer.step, trainer.progress.step
 
         def step_and_note(images: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TypedDict, get_origin
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.run.errors import UserError
 from common.training import Progress, TrainingOptions
@@ -49,7 +49,7 @@ class Checkpoint(TypedDict):
     progress: dict[str, Any]  # the fields of RunProgress
     model: dict[str, Tensor]  # state dict of the trained weights
     ema: dict[str, Tensor]  # state dict of the averaged weights
-    optimizer: dict[int, Any]  # Adam's moments
+    optimizer: dict[int, Any]  # Adam's moments, of each parameter in turn; None where there never was a gradient
 
 
 EMA_ONLY = ("format", "stage", "model_options", "training_options", "progress", "ema")  # what drawing takes
@@ -109,12 +109,22 @@ def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
     if missing:
         raise UserError(f"{path}: damaged: it lacks {', '.join(sorted(missing))}")
     with reading(path):
-        for name, weight in (*contents.get("model", {}).items(), *contents["ema"].items()):
-            if not weight.isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite")
         _check(RunOptions, contents["training_options"])
         _check(RunProgress, contents["progress"])
     return contents  # type: ignore[return-value]
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Fills a model with weights that come from a file.
+
+    Raises:
+        UserError: they are another model's, or not finite. (Buffers may hold what they like.)
+    """
+    with reading(path):
+        model.load_state_dict(weights)
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
 
 
 @contextmanager

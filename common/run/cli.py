@@ -4,18 +4,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-
 from common.run import distributed
 from common.run.device import is_out_of_memory, keep_freed_memory
-from common.run.errors import UsageError, UserError
+from common.run.errors import UserError
 from common.run.evaluate import evaluate
-from common.run.models import build_model
+from common.run.models import refuse_model_that_is_too_large
 from common.run.options import Stage, model_defaults, parse
 from common.run.test import test
 from common.run.train import train
-
-MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
@@ -24,11 +20,8 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         options, typed = parse(stage, argv)
         command = {"train": train, "test": test, "eval": evaluate}[options.command]
         keep_freed_memory()
-        with torch.device("meta"):  # whose tensors take no memory: wrong model options are told before any work
-            model = build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})
-        parameters = sum(p.numel() for p in model.parameters())
-        if parameters > MAX_PARAMETERS:
-            raise UsageError(f"argument --model-channels: too many; they make {parameters:,} parameters")
+        if typed & model_defaults(stage).keys():
+            refuse_model_that_is_too_large(stage, options)
         distributed.start()
         status = command(stage, options, typed)
         distributed.stop()

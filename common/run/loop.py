@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.data import random_generator, shuffled_batches, to_uint8
+from common.data import random_generator, random_seed, shuffled_batches, to_uint8
 from common.diffusion import diffusion_loss
 from common.likelihood import HELD_OUT_BLOCK, held_out_draws
 from common.run import checkpoint, distributed
@@ -70,7 +70,11 @@ class Run(Trainer):
             self.update = GraphedFunction(self.update)  # type: ignore[method-assign, assignment]
 
     def step(self, images: Tensor, weight: Tensor) -> Tensor:
-        """As Trainer.step; adds up the loss, and notes the first step at which it was not finite."""
+        """As Trainer.step; adds up the loss, and notes the first step at which it was not finite.
+
+        What a model draws from the global generators, as dropout does, belongs to the step as our own draws do.
+        """
+        torch.manual_seed(random_seed(self.options.seed, f"global {distributed.RANK}", self.progress.step))
         loss = super().step(images, weight)
         self._loss_sum += loss * (weight > 0).sum()
         self._first_bad_step.clamp_(max=torch.where(loss.isfinite(), math.inf, self.progress.step + 1))
@@ -86,16 +90,19 @@ class Run(Trainer):
         return torch.where(gradient_norm.isfinite(), loss, math.nan)
 
     def check(self) -> None:
-        """Makes sure that every loss and every gradient so far was a finite number. Waits for a GPU.
+        """Makes sure that all losses, gradients and weights so far were finite numbers. Waits for a GPU.
 
         Raises:
             UserError: one was not, so the weights are worth nothing.
         """
-        first_bad_step = self._first_bad_step.item()
+        first_bad_step, what = self._first_bad_step.item(), "the loss or the gradient has"
+        largest = nn.utils.get_total_norm([*self.model.parameters(), *self.ema.module.parameters()], norm_type=math.inf)
+        if first_bad_step == math.inf and not largest.isfinite():
+            first_bad_step, what = self.progress.step, "the weights have"
         if first_bad_step < math.inf:
             raise UserError(
-                f"the loss or the gradient has not been finite since step {first_bad_step:.0f}, with --lr "
-                f"{self.options.lr:g}; the last checkpoint is kept; try a lower --lr, or --precision fp32"
+                f"{what} not been finite since step {first_bad_step:.0f}, with --lr {self.options.lr:g}; what was "
+                "saved before is kept; try a lower --lr, or --precision fp32"
             )
 
     def mean_loss(self) -> float:
@@ -128,6 +135,7 @@ class Run(Trainer):
     def checkpoint(self) -> Checkpoint:
         """All that `restore` needs, and the stage's model options, from which the model can be built again."""
         self.progress.loss_sum = self._loss_sum.item()
+        moments = self.optimizer.state_dict()["state"]
         return {
             "format": checkpoint.FORMAT,
             "stage": self.stage,
@@ -136,24 +144,30 @@ class Run(Trainer):
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
+            "optimizer": {n: moments.get(n) for n, _ in enumerate(self.model.parameters())},
         }
 
-    def restore(self, saved: Checkpoint) -> None:
+    def restore(self, saved: Checkpoint, path: Path) -> None:
         """Goes back to where `checkpoint` was called, with this Run's own options.
 
+        Args:
+            path: where `saved` was read from.
+
         Raises:
-            RuntimeError, ValueError, LookupError, TypeError, AttributeError: `saved` does not fit.
+            UserError: `saved` does not fit.
         """
         self.progress = RunProgress(**saved["progress"])
         self._loss_sum.fill_(self.progress.loss_sum)
-        self.model.load_state_dict(saved["model"])
-        self.ema.module.load_state_dict(saved["ema"])
-        for number, parameter in enumerate(self.model.parameters()):
-            if any(saved["optimizer"][number][name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError(f"the optimizer's state of parameter {number} has another shape")
-        param_groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": param_groups})
+        checkpoint.load_weights(self.model, saved["model"], path)
+        checkpoint.load_weights(self.ema.module, saved["ema"], path)
+        moments = saved["optimizer"]
+        with checkpoint.reading(path):
+            for n, parameter in enumerate(self.model.parameters()):
+                if moments[n] and any(moments[n][m].shape != parameter.shape for m in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError(f"the optimizer's state of parameter {n} has another shape")
+            state = {n: state for n, state in moments.items() if state is not None}
+            param_groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
 
 
 def train(

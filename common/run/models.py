@@ -14,6 +14,8 @@ from common.run.device import compile_model, pick_device, use_bf16
 from common.run.errors import UsageError
 from common.run.options import Stage, flag, model_defaults, saved_model_options
 
+MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
+
 
 def build_model(stage: Stage, model_options: dict[str, Any]) -> nn.Module:
     """Makes a stage's model, untrained.
@@ -61,6 +63,24 @@ def shipped_weights(stage: Stage) -> Path:
     return stage.weights
 
 
+def refuse_model_that_is_too_large(stage: Stage, options: argparse.Namespace) -> None:
+    """Tells of wrong model options before any work, by building the model of tensors that take no memory.
+
+    Raises:
+        UsageError: the options make no model, or one that nobody means.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})
+    except UsageError:
+        raise
+    except Exception:  # a stage that needs real tensors to be built is built of them later
+        return
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > MAX_PARAMETERS:
+        raise UsageError(f"argument --model-channels: too many; they make {parameters:,} parameters")
+
+
 class TrainedModel(NamedTuple):
     """A model from a checkpoint, ready for use."""
 
@@ -86,8 +106,7 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], bat
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
     distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     model = build_model(stage, choose_model_options(stage, options, typed, path, saved)).eval()
-    with checkpoint.reading(path):
-        model.load_state_dict(saved["ema"] if averaged else saved["model"])
+    checkpoint.load_weights(model, saved["ema"] if averaged else saved["model"], path)
     model.to(device)
     if options.compile:
         compile_model(model, batch_size, bf16)

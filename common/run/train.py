@@ -82,12 +82,10 @@ def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device
     torch.manual_seed(run_options.seed)
     model = build_model(stage, model_options).to(device)
     if weights and not saved:
-        with checkpoint.reading(source):
-            model.load_state_dict(weights["ema"])
+        checkpoint.load_weights(model, weights["ema"], source)
     run = Run(stage.name, model_options, model, run_options, use_bf16(run_options.precision, device))
     if saved:
-        with checkpoint.reading(path):
-            run.restore(saved)
+        run.restore(saved, path)
     return run
 
 

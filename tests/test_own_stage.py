@@ -1,0 +1,116 @@
+"""A stage of one's own keeps the promises too, whatever its model is made of."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.run import checkpoint
+from common.run.cli import main
+from common.run.options import OptionGroup, Stage
+from tests.test_training import assert_same
+from tests.tiny_run import Tiny
+
+Run = Callable[..., int]
+
+
+class Unusual(nn.Module):
+    """Dropout, a parameter that is never used, a frozen one, a buffer with -inf, a number read while it is built."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(3))
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.width = int(torch.full((), 8).item())
+        self.net = nn.Sequential(nn.Conv2d(3, self.width, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(8, 3, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x * self.frozen) * torch.softmax(self.mask, dim=0)[0]
+
+
+@pytest.fixture
+def run(tmp_path: Path, shapes_dir: Path) -> Callable[[Stage, str], Run]:
+    """Runs a command of a stage in a folder of that name."""
+
+    def run_in(stage: Stage, folder: str) -> Run:
+        def command(*words: object) -> int:
+            data = ["--data-dir", str(shapes_dir)] if words[0] != "test" else []
+            with pytest.raises(SystemExit) as exit_:
+                main(stage, [*map(str, words), *data, "--run-dir", str(tmp_path / folder), "--device", "cpu"])
+            return int(exit_.value.code or 0)
+
+        return command
+
+    return run_in
+
+
+def add_option(group: OptionGroup) -> None:
+    group.add_argument("--tempo", type=int, default=1)
+
+
+@pytest.mark.parametrize("options", [(), ("--tempo", 2)])
+def test_a_model_of_any_parts_trains_goes_on_bit_for_bit_and_draws(
+    options: tuple[object, ...], tmp_path: Path, run: Callable[[Stage, str], Run]
+) -> None:
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Unusual(), [add_option])
+    short = ("--dataset", "shapes", "--batch-size", 4, *options)
+    for folder, cuts in (("uncut", [5]), ("cut", [2, 3, 5])):
+        for max_steps in cuts:
+            torch.rand(max_steps)  # as another process would start out
+            assert run(stage, folder)("train", *short, "--resume", "--max-steps", max_steps) == 0
+    cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", "part_h") for folder in ("cut", "uncut"))
+    assert_same(dict(cut), dict(uncut))
+    assert run(stage, "cut")("test", "--steps", 2, "--num-images", 2) == 0
+
+
+def test_options_of_any_kind_come_back_from_the_checkpoint(
+    tmp_path: Path, run: Callable[[Stage, str], Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flags, names with an underscore, lists, and options without a default."""
+
+    def add_options(group: OptionGroup) -> None:
+        group.add_argument("--wide", action="store_true")
+        group.add_argument("--gated", action=argparse.BooleanOptionalAction, default=True)
+        group.add_argument("--num_heads", type=int, default=1)
+        group.add_argument("--dropout", type=float)
+        group.add_argument("--sizes", type=int, nargs="*", default=[])
+
+    built: list[dict[str, Any]] = []
+
+    def build_model(args: argparse.Namespace) -> nn.Module:
+        built.append(vars(args))
+        return Tiny()
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", build_model, [add_options])
+    options = ("--wide", "--no-gated", "--num_heads", 2, "--dropout", 0.1, "--sizes", 3, 4)
+    asked = {"wide": True, "gated": False, "num_heads": 2, "dropout": 0.1, "sizes": [3, 4]}
+    command = run(stage, "run")
+    assert command("train", *options, "--dataset", "shapes", "--batch-size", 4, "--max-steps", 1) == 0
+    assert command("train", "--resume", "--max-steps", 2) == 0
+    assert built[-1] == asked
+    assert command("test", "--steps", 1, "--num-images", 1) == 0
+    assert built[-1] == asked
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", "part_h")["progress"]["step"] == 2
+    assert command("test", "--gated") == 2
+    assert "argument --gated: True contradicts" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_never_replace_good_ones(
+    tmp_path: Path, run: Callable[[Stage, str], Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of the step that made them is finite, and so is its gradient."""
+    command = run(Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny()), "run")
+    assert command("train", "--dataset", "shapes", "--batch-size", 4, "--max-steps", 2) == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert command("train", "--resume", "--lr", "1e39", "--max-steps", 3) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the weights have not been finite since step 3, with --lr 1e+39" in error
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
