@@ -1,7 +1,6 @@
 """The data sets: CIFAR-10, downloaded and checked, and shapes, drawn."""
 
 import http.client
-import sys
 import zipfile
 import zlib
 from contextlib import suppress
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.run.checkpoint import atomic_write
-from common.run.errors import UserError
+from common.run.errors import UserError, warn
 from common.run.shapes import draw_shapes
 
 IMAGE_SHAPE = (3, 32, 32)
@@ -73,5 +72,5 @@ def _load_shapes(data_dir: Path) -> np.ndarray:
         with atomic_write(path) as file:
             np.savez_compressed(file, images=images)
     except (OSError, UserError) as error:
-        print(f"warning: drawn, but not kept for the next time: {error}", file=sys.stderr)
+        warn(f"drawn, but not kept for the next time: {error}")
     return images

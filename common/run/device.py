@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.diffusion import NoisePredictor
 from common.run import distributed
 from common.run.datasets import IMAGE_SHAPE
-from common.run.errors import UsageError
+from common.run.errors import UsageError, warn
 
 WARM_UP_CALLS = 3  # before a capture: libraries choose their algorithms and allocate what they need
 
@@ -118,7 +118,7 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
             if training:
                 output.float().mean().backward()
     except Exception as error:  # whatever it is, the model works without
-        _warn(f"going on without compilation, which failed: {type(error).__name__}: {error}")
+        warn(f"going on without compilation, which failed: {type(error).__name__}: {error}")
         model.compile(disable=True)
     else:
         if is_first:
@@ -186,10 +186,6 @@ class GraphedFunction:
                 self.output = self.function(*self.inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # which a failed capture leaves at its own
-            _warn(f"going on without a CUDA graph, which failed: {error.__context__ or error}")
+            warn(f"going on without a CUDA graph, which failed: {error.__context__ or error}")
         else:
             self.graph = graph
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {' '.join(message.split())[:200]}", file=sys.stderr)

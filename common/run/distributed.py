@@ -7,6 +7,7 @@ gradients go from GPU to GPU (NCCL).
 import gc
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,20 +19,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.run.errors import UserError
+from common.run.errors import UsageError, UserError, warn
 
 T = TypeVar("T")
 
-RANK = int(os.environ.get("RANK", 0))  # of all processes
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of those on this machine
+PATIENCE = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # which torchrun sets
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
+
+WORLD_SIZE = max(1, _number("WORLD_SIZE", 1))  # how many processes there are
+RANK = min(_number("RANK", 0), WORLD_SIZE - 1)  # of all of them
+LOCAL_RANK = _number("LOCAL_RANK", 0)  # of those on this machine
 
 
 def start() -> None:
-    """Joins the other processes."""
+    """Joins the other processes.
+
+    Raises:
+        UsageError: the environment has some of torchrun's variables, and not all of them, or not with sense.
+    """
+    values = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    if not {"RANK", "WORLD_SIZE"} & values.keys() or (values.get("RANK", "0"), values.get("WORLD_SIZE")) == ("0", "1"):
+        return
+    for name in VARIABLES:
+        wrong = not values.get(name) or (name != "MASTER_ADDR" and not values[name].isdecimal())
+        if wrong or (name == "RANK" and int(values[name]) >= WORLD_SIZE):
+            found = f"is {values[name]!r}" if name in values else "is not set"
+            raise UsageError(
+                f"environment variable {name}: {found}; torchrun sets {', '.join(VARIABLES)} together, and of these "
+                f"there are {', '.join(values)}; start with torchrun, or unset what another program has left"
+            )
     if WORLD_SIZE > 1:
-        patience = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+        where = f"{values['MASTER_ADDR']}:{values['MASTER_PORT']}"
+        message = f"waiting for all of {WORLD_SIZE} processes to meet at {where}, for up to {PATIENCE}"
+        timer = threading.Timer(10, warn, [message])
+        timer.daemon = True
+        timer.start()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        timer.cancel()
 
 
 def stop() -> None:

@@ -1,4 +1,9 @@
-"""The exceptions that end a command with one line on stderr instead of a traceback."""
+"""What goes wrong: the exceptions that end a command with one line on stderr, and what never ends one."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -11,3 +16,27 @@ class UsageError(UserError):
     """The command line itself is wrong."""
 
     exit_status = 2
+
+
+@contextmanager
+def only_telling() -> Iterator[None]:
+    """What is within tells of work that is done and saved, so that no failure of it ends a run; a warning names it."""
+    try:
+        yield
+    except Exception as error:  # of a plot or a picture, there is no end of what can go wrong
+        warn(f"going on without: {type(error).__name__}: {error}")
+
+
+def warn(message: str) -> None:
+    """Writes one line to stderr, if anybody reads it."""
+    with suppress(OSError, ValueError):
+        print(f"warning: {' '.join(message.split())[:1000]}", file=sys.stderr)
+
+
+def say(message: str) -> None:
+    """Writes a line to stdout. That its reader has left, as in `train | head -1`, is no reason to stop working."""
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still holds goes there at exit
+        warn("nobody reads stdout any more")

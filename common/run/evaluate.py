@@ -27,9 +27,10 @@ from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.datasets import load_images
 from common.run.device import noise_predictor
-from common.run.errors import UserError
+from common.run.errors import UserError, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
+from common.run.pictures import check_outputs
 from common.run.test import draw, sampling_steps
 
 Report = dict[str, Any]
@@ -39,6 +40,8 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     """Measures what a stage has learned. Returns the exit status."""
     steps = sampling_steps(options)
     trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)
+    output = options.output or trained.folder / "eval.json"
+    check_outputs({"--output": output}, {"--output": [".json"]})
     fid_metric = new_fid(trained.device) if options.fid else None  # now, for it may be missing
     data = partial(load_images, trained.dataset, options.data_dir, data_url=options.data_url)
     with distributed.first_of_machine_first():
@@ -67,11 +70,10 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     if fid_metric:
         report["fid"] = _timed(lambda: _fid(fid_metric, trained, options, steps, data(train=True)))
     if distributed.RANK == 0:
-        output = trained.folder / "eval.json"
+        say(_table(report))
         with atomic_write(output) as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
-        _print(report)
-        print(f"{output}: the same and more")
+        say(f"{output}: the same and more")
     return 0
 
 
@@ -95,21 +97,22 @@ def _fid(metric: Any, trained: TrainedModel, options: argparse.Namespace, steps:
     return {"value": value, "samples": len(samples), "sampler": options.sampler, "sampling_steps": steps}
 
 
-def _print(report: Report) -> None:
-    print(
-        "{stage}: {weights} weights after {epochs} epochs, {steps} steps of training; {dataset}; {device} in "
-        "{precision}; seed {seed}".format(**report)
-    )
+def _table(report: Report) -> str:
     loss, bits = report["loss"], report["bits_per_dim"]
     rows = [(f"loss ({loss['images']:,} images)", loss)]
     rows += [(f"loss, quarter {number} of the time steps", part) for number, part in enumerate(loss["quarters"], 1)]
     rows += [(f"bits/dim ({bits['images']:,} images)", bits["total"])]
     rows += [(f"bits/dim, {name}", bits[name]) for name in ("prior", "kl", "decoder")]
-    print("| | mean | standard error |\n|---|---|---|")
-    for name, estimate in rows:
-        print(f"| {name} | {estimate['mean']:.5f} | {estimate['standard_error']:.5f} |")
+    lines = [
+        "{stage}: {weights} weights after {epochs} epochs, {steps} steps of training; {dataset}; {device} in "
+        "{precision}; seed {seed}".format(**report),
+        "| | mean | standard error |",
+        "|---|---|---|",
+        *(f"| {name} | {estimate['mean']:.5f} | {estimate['standard_error']:.5f} |" for name, estimate in rows),
+    ]
     if "fid" in report:
-        print(f"| FID ({report['fid']['samples']:,} samples) | {report['fid']['value']:.3f} | |")
+        lines.append(f"| FID ({report['fid']['samples']:,} samples) | {report['fid']['value']:.3f} | |")
+    return "\n".join(lines)
 
 
 # Fréchet inception distance

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+RUN_FILES = ("checkpoint.pt", "log.csv", "loss.png", "samples.png", "eval.json", "samples")
 LOG_COLUMNS = ("epoch", "step", "train_loss", "held_out_loss", "images_per_second", "seconds")
 
 
@@ -39,6 +41,18 @@ def locked(run_dir: Path) -> Iterator[None]:
         except OSError:  # there are no locks here
             pass
         yield
+
+
+def is_run_folder(run_dir: Path) -> bool:
+    """Whether a run was ever begun there, in which case what has the names of RUN_FILES is ours."""
+    return (run_dir / ".lock").exists()
+
+
+def remove_run(run_dir: Path) -> None:
+    """Deletes what a run writes, file by file, and nothing else."""
+    for path in [*(run_dir / name for name in RUN_FILES), *(run_dir / "samples").glob("*.png")]:
+        if path.is_file() and (path.parent == run_dir or re.fullmatch(r"data|epoch-\d{4,}", path.stem)):
+            path.unlink()
 
 
 def write_log(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:

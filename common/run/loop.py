@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from common.likelihood import HELD_OUT_BLOCK, held_out_draws
 from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint, RunOptions, RunProgress
 from common.run.device import GraphedFunction, in_precision, noise_predictor
-from common.run.errors import UserError
+from common.run.errors import UserError, only_telling
 from common.run.folder import LOG_COLUMNS, plot_losses, write_log
 from common.run.pictures import sample_images, save_grid
 from common.training import Trainer
@@ -194,7 +195,7 @@ def train(
         checkpoint_every: steps between two checkpoints; None saves one after every epoch.
 
     Returns:
-        The signal that stopped it, SIGINT or SIGTERM, or None.
+        The signal that stopped it, SIGINT, SIGTERM or SIGHUP, or None.
 
     Raises:
         UserError: the loss or the gradient is not finite, or a file cannot be written.
@@ -233,15 +234,18 @@ def train(
 
             # Tell: the log, the curve, the pictures.
             if is_first and epoch_is_complete:
-                write_log(run_dir, progress.log)
-                bar.write(_epoch_line(run), file=sys.stderr)
+                with only_telling():
+                    bar.write(_epoch_line(run), file=sys.stderr)
+                with only_telling():
+                    write_log(run_dir, progress.log)
             is_time_to_plot = epoch_is_complete and time.perf_counter() - plotted > PLOT_EVERY
             if is_first and progress.log and (is_over or is_time_to_plot):
-                _plot(run_dir, bar, is_first_time=plotted == -math.inf)
+                with only_telling():
+                    _plot(run_dir, bar, is_first_time=plotted == -math.inf)
                 plotted = time.perf_counter()
-            grid = _sample_grid_due(run, run_dir, sample_every)
-            if is_first and grid and not received:
-                _save_sample_grid(run, grid)
+            if is_first and not received:
+                with only_telling():
+                    _save_sample_grid(run, _sample_grid_due(run, run_dir, sample_every))
 
             if is_over:
                 break
@@ -254,10 +258,10 @@ def _begin(run: Run, images: Tensor, run_dir: Path, sample_every: int) -> None:
     (run_dir / "samples").mkdir(parents=True, exist_ok=True)
     if run.progress.step == 0:
         _save_data_grid(run, images, run_dir)
-    write_log(run_dir, run.progress.log)
+    write_log(run_dir, run.progress.log)  # a folder that cannot be written to is told before any work
     grid = _sample_grid_due(run, run_dir, sample_every)
-    if grid and not grid.exists():
-        _save_sample_grid(run, grid)
+    with only_telling():
+        _save_sample_grid(run, None if grid and grid.exists() else grid)
 
 
 def _is_over(run: Run, max_steps: int | None, received: list[signal.Signals]) -> bool:
@@ -306,22 +310,29 @@ def _sample_grid_due(run: Run, run_dir: Path, sample_every: int) -> Path | None:
     return run_dir / "samples" / f"epoch-{progress.epoch:04d}.png" if epoch_is_complete and is_due else None
 
 
-def _save_sample_grid(run: Run, path: Path) -> None:
-    """Writes what the averaged weights draw, from the same starting noise every time."""
-    model = noise_predictor(run.ema.module, run.bf16)
-    save_grid(sample_images(model, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed), path)
+def _save_sample_grid(run: Run, path: Path | None) -> None:
+    """Writes what the averaged weights draw, if a grid is due, from the same starting noise every time."""
+    if path:
+        model = noise_predictor(run.ema.module, run.bf16)
+        save_grid(sample_images(model, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed), path)
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[signal.Signals]]:
-    """Notes SIGINT and SIGTERM in the list instead of dying of them; a second one acts as usual."""
+    """Notes SIGINT, SIGTERM and SIGHUP in the list instead of dying of them; a second one acts as usual.
+
+    One that is ignored, as `nohup` does with SIGHUP, stays so. Only the main thread can have handlers.
+    """
     received: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
         signal.signal(number, previous[received[-1]])
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    previous = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield received
     finally:

@@ -198,7 +198,7 @@ def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
         group.add_argument(
             "--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded on first use, shapes is drawn"
         )
-    group.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps the data set")
+    group.add_argument("--data-dir", type=path, default=Path("data"), help="folder that keeps the data set")
     group.add_argument(
         "--data-url", type=_url, help="another address of cifar-10-python.tar.gz (default: the official one)"
     )
@@ -230,22 +230,23 @@ def _add_run_options(group: OptionGroup) -> None:
 
 def _add_test_options(group: OptionGroup) -> None:
     group.add_argument("--num-images", type=whole_number(1, MAX_SAMPLES), default=64, help="images in the grid")
-    group.add_argument("--output", type=Path, help="PNG to write (default: samples.png beside the checkpoint)")
+    group.add_argument("--output", type=path, help="PNG to write (default: samples.png beside the checkpoint)")
     group.add_argument(
         "--film",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="animated .webp or .gif to write: 64 of the images coming out of the noise (default: none)",
     )
     group.add_argument(
         "--trajectory",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="PNG to write: 8 of the images at ten moments, from noise to picture (default: none)",
     )
 
 
 def _add_eval_options(group: OptionGroup) -> None:
+    group.add_argument("--output", type=path, help="JSON file to write (default: eval.json beside the checkpoint)")
     group.add_argument(
         "--num-images",
         type=whole_number(2, HELD_OUT_IMAGES),
@@ -278,7 +279,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
     group.add_argument("--batch-size", type=whole_number(1, MAX_SAMPLES), default=256, help="images to draw at a time")
     source = group.add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", type=Path, help="file to take the model from (default: checkpoint.pt in the run folder)"
+        "--checkpoint", type=path, help="file to take the model from (default: checkpoint.pt in the run folder)"
     )
     source.add_argument(
         "--pretrained",
@@ -289,7 +290,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
 
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:
-    group.add_argument("--run-dir", type=Path, default=Path("runs") / stage.name, help="folder of the run")
+    group.add_argument("--run-dir", type=path, default=Path("runs") / stage.name, help="folder of the run")
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the first of cuda, mps, cpu"
     )
@@ -372,6 +373,13 @@ def seed(word: str) -> int:
 
 def _decay(word: str) -> float:
     return _number(word, float, lambda value: 0 <= value < 1, "a number from 0 up to, but not including, 1")
+
+
+def path(word: str) -> Path:
+    """A file or a folder; ~ is the home folder also where the shell leaves it."""
+    if not word:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(word).expanduser()
 
 
 def _url(word: str) -> str:

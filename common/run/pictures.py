@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from common.diffusion import NoisePredictor, NoiseSchedule, ddim, ddpm
 from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.datasets import IMAGE_SHAPE
+from common.run.errors import UsageError
 
 SAMPLERS = ("ddpm", "ddim")
 FILM_FORMATS = {".webp": "WEBP", ".gif": "GIF"}
@@ -126,6 +128,31 @@ class Film:
         images = torch.stack(self.frames, dim=1).flatten(0, 1)  # (num_images * frames, 3, 32, 32)
         with atomic_write(path) as file:
             _grid(images, len(self.frames)).save(file, format="PNG")
+
+
+def check_outputs(outputs: Mapping[str, Path | None], endings: Mapping[str, Sequence[str]]) -> None:
+    """Makes sure, before any work, that files can be written.
+
+    Args:
+        outputs: each file by the option that names it, or None.
+        endings: what its name may end in, by option.
+
+    Raises:
+        UsageError: one cannot, or two are the same.
+    """
+    given = {option: path for option, path in outputs.items() if path}
+    for option, path in given.items():
+        if path.suffix.lower() not in endings[option]:
+            raise UsageError(f"argument {option}: the name must end in {' or '.join(endings[option])}, got {path}")
+        if not path.parent.is_dir():
+            raise UsageError(f"argument {option}: no such folder: {path.parent}")
+        if path.is_dir():
+            raise UsageError(f"argument {option}: {path} is a folder")
+        if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise UsageError(f"argument {option}: {path.parent} may not be written to; name a file elsewhere")
+        others = [other for other in given if other != option and given[other].resolve() == path.resolve()]
+        if others:
+            raise UsageError(f"argument {option}: {path} is that of {others[0]} too")
 
 
 def save_grid(images: Tensor, path: Path) -> None:

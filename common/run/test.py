@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
@@ -10,20 +9,23 @@ from tqdm import tqdm
 from common.diffusion import NoiseSchedule
 from common.run import distributed
 from common.run.device import noise_predictor
-from common.run.errors import UsageError
+from common.run.errors import UsageError, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
-from common.run.pictures import FILM_FORMATS, Film, default_steps, sample_images, save_grid
+from common.run.pictures import FILM_FORMATS, Film, check_outputs, default_steps, sample_images, save_grid
 
 FILM_FRAMES = 50
+ENDINGS = {"--output": [".png"], "--film": list(FILM_FORMATS), "--trajectory": [".png"]}
 
 
 def test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     """Draws what a stage has learned. Returns the exit status."""
-    for name, endings in (("output", [".png"]), ("film", list(FILM_FORMATS)), ("trajectory", [".png"])):
-        _check_output(f"--{name}", getattr(options, name), endings)
     steps = sampling_steps(options)
+    outputs = {"--output": options.output, "--film": options.film, "--trajectory": options.trajectory}
+    check_outputs(outputs, ENDINGS)
     trained = load_trained(stage, options, typed, min(options.batch_size, options.num_images))
+    output = options.output or trained.folder / "samples.png"
+    check_outputs({**outputs, "--output": output}, ENDINGS)
     film, trajectory = Film(steps, FILM_FRAMES, 64), Film(steps, 10, 8)
 
     def watch(start: int, step: int, xt: Tensor) -> None:
@@ -34,13 +36,12 @@ def test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
 
     images = draw(trained, options, options.num_images, steps, watch)
     if distributed.RANK == 0:
-        output = options.output or trained.folder / "samples.png"
         save_grid(images, output)
         if options.film:
             film.save_film(options.film)
         if options.trajectory:
             trajectory.save_trajectory(options.trajectory)
-        print(
+        say(
             f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
             f"after {trained.epochs} epochs, {trained.steps} steps of training"
         )
@@ -83,10 +84,3 @@ def draw(
             spread=True,
             watch=watch_and_tell,
         )
-
-
-def _check_output(option: str, path: Path | None, endings: list[str]) -> None:
-    if path and path.suffix.lower() not in endings:
-        raise UsageError(f"argument {option}: the name must end in {' or '.join(endings)}, got {path}")
-    if path and not path.parent.is_dir():
-        raise UsageError(f"argument {option}: no such folder: {path.parent}")

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import shutil
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from common.run import checkpoint, distributed, loop
 from common.run.checkpoint import Checkpoint, RunOptions
 from common.run.datasets import load_images
 from common.run.device import compile_model, compiles_training, pick_device, use_bf16
-from common.run.errors import UsageError
-from common.run.folder import locked
+from common.run.errors import UsageError, say
+from common.run.folder import RUN_FILES, is_run_folder, locked, remove_run
 from common.run.loop import Run
 from common.run.models import build_model, choose_model_options, refuse_contradictions, shipped_weights
 from common.run.options import Stage, flag
@@ -26,6 +25,7 @@ def train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     """Trains a stage. Returns the exit status."""
     device = pick_device(options.device)
     with ExitStack() as held:
+        distributed.on_first(lambda: _refuse_what_is_not_ours(stage, options.run_dir))
         distributed.on_first(lambda: held.enter_context(locked(options.run_dir)))
         return _train_in_locked_folder(stage, options, typed, device)
 
@@ -44,7 +44,7 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
     if compiles_training(options.compile, device, run.bf16):
         compile_model(run.model, run.options.batch_size // distributed.WORLD_SIZE, run.bf16, training=True)
     if is_first and options.overwrite:
-        _remove_run(options.run_dir)
+        remove_run(options.run_dir)
     received = loop.train(
         run,
         images,
@@ -61,7 +61,7 @@ def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: se
         if progress.seen:
             done += f", train loss {run.mean_loss():.4f} in the epoch under way"
         command = _next_command(stage, options, typed, finished)
-        print(f"{done}; {'draw pictures' if finished else 'go on'} with: {command}")
+        say(f"{done}; {'draw pictures' if finished else 'go on'} with: {command}")
     return 128 + received if received else 0
 
 
@@ -89,6 +89,20 @@ def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device
     return run
 
 
+def _refuse_what_is_not_ours(stage: Stage, run_dir: Path) -> None:
+    """Makes sure that a run in this folder replaces nothing but what an earlier run has left there."""
+    present = [name for name in RUN_FILES if (run_dir / name).exists()]
+    if not present or is_run_folder(run_dir):
+        return
+    if "checkpoint.pt" in present:  # without the rest of its run: it may have been copied there
+        checkpoint.load(run_dir / "checkpoint.pt", stage.name)
+    else:
+        raise UsageError(
+            f"--run-dir {run_dir}: there is no run, but {', '.join(present)}, which one would replace; "
+            "name another folder"
+        )
+
+
 def _find_run(stage: Stage, options: argparse.Namespace, path: Path) -> Checkpoint | None:
     """The checkpoint to go on from, if there is one and --resume is given."""
     if path.exists() and not options.resume and not options.overwrite:
@@ -114,11 +128,10 @@ def _announce(run: Run, num_images: int, run_dir: Path) -> None:
     where = f"{run.device} in {precision}"
     if distributed.WORLD_SIZE > 1:
         where = f"{distributed.WORLD_SIZE} processes, each on {run.device.type} in {precision}"
-    print(
+    say(
         f"{run.stage}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
         f"{num_images:,} images of {run.options.dataset}; {where}; "
-        f"{run.options.epochs} epochs, {run.progress.epoch} done; {run_dir}",
-        flush=True,
+        f"{run.options.epochs} epochs, {run.progress.epoch} done; {run_dir}"
     )
 
 
@@ -137,10 +150,3 @@ def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], fi
         elif name in typed:
             words += [flag(name), str(value)]
     return shlex.join(words)
-
-
-def _remove_run(run_dir: Path) -> None:
-    for name in ("checkpoint.pt", "log.csv", "loss.png", "samples.png", "eval.json"):
-        (run_dir / name).unlink(missing_ok=True)
-    if (run_dir / "samples").exists():
-        shutil.rmtree(run_dir / "samples")

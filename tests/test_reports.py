@@ -1,0 +1,253 @@
+"""What people's reports have broken: work that is lost, shells, launchers. Each test is named after the promise."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.run import checkpoint
+from common.run.errors import UsageError
+from common.run.loop import train
+from tests import tiny_run
+from tests.conftest import ROOT, STAGES, run_stage
+from tests.test_training import read_log
+
+A = STAGES[0]
+
+
+@pytest.fixture
+def short(tmp_path: Path, shapes_dir: Path) -> tuple[object, ...]:
+    """Options of a run of stage A in `tmp_path`/run."""
+    data = ("--dataset", "shapes", "--data-dir", shapes_dir, "--device", "cpu")
+    return (*data, "--run-dir", tmp_path / "run", "--batch-size", 2, "--sample-every", 0)
+
+
+# Work that is lost
+
+
+@pytest.mark.parametrize("name", ["samples/photo.png", "log.csv", "eval.json", "loss.png", "samples.png"])
+@pytest.mark.parametrize("option", ["--overwrite", "--resume", None])
+def test_a_folder_with_files_of_others_is_refused_and_left_alone(
+    name: str, option: str | None, tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    assert run_stage(A, "train", *short, "--max-steps", 1, *([option] if option else [])) == 2
+    assert f"--run-dir {tmp_path / 'run'}: there is no run, but {Path(name).parts[0]}" in capsys.readouterr().err
+    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == [path]
+    assert path.read_bytes() == b"mine"
+
+
+def test_overwriting_deletes_the_files_of_the_run_by_their_names_alone(
+    tmp_path: Path, short: tuple[object, ...]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run_stage(A, "train", *short, "--max-steps", 2) == 0
+    for name in ("samples/photo.png", "samples/epoch-0001.txt", "notes.txt"):
+        (run_dir / name).write_bytes(b"mine")
+    for name in ("samples/epoch-0001.png", "eval.json"):
+        (run_dir / name).write_bytes(b"the run's")
+    assert run_stage(A, "train", *short, "--max-steps", 1, "--overwrite") == 0
+    assert checkpoint.load(run_dir / "checkpoint.pt", A)["progress"]["step"] == 1
+    for name in ("samples/photo.png", "samples/epoch-0001.txt", "notes.txt"):
+        assert (run_dir / name).read_bytes() == b"mine"
+    assert not (run_dir / "samples" / "epoch-0001.png").exists()
+    assert not (run_dir / "eval.json").exists()
+
+
+def test_a_checkpoint_of_another_program_is_not_overwritten(
+    tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "run" / "checkpoint.pt")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert run_stage(A, "train", *short, "--overwrite") == 1
+    assert "not a checkpoint of this project" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--run-dir", "--data-dir", "--output", "--checkpoint"])
+def test_an_empty_path_is_an_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "train" if option == "--data-dir" else "test"
+    assert run_stage(A, command, option, "") == 2
+    assert f"argument {option}: must not be empty" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: tuple[object, ...]) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_stage(A, "train", *short, "--run-dir=~/run", "--max-steps", 1) == 0
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def fail(*arguments: Any, **options: Any) -> None:
+    raise ValueError("no such backend")
+
+
+@pytest.mark.parametrize("what", ["plot_losses", "write_log", "save_grid", "sample_images"])
+def test_what_only_tells_of_a_run_never_ends_it(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tiny_run.make_images()
+    train(tiny_run.make_trainer(epochs=2), images, images, tmp_path, max_steps=1, sample_every=0)
+    trainer = tiny_run.make_trainer(epochs=2)
+    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE), tmp_path / "checkpoint.pt")
+    if what == "write_log":
+        (tmp_path / "log.csv").unlink()
+        (tmp_path / "log.csv").mkdir()  # which no file can replace
+        monkeypatch.setattr("common.run.loop._begin", lambda *arguments: None)
+    else:
+        monkeypatch.setattr(f"common.run.loop.{what}", fail)
+    train(trainer, images, images, tmp_path, sample_every=1)
+    assert checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)["progress"]["epoch"] == 2
+    assert "warning: going on without: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_leaves_costs_nothing(stream: str, tmp_path: Path, short: tuple[object, ...]) -> None:
+    """As `train | head -1`, or `train 2>&1 | head -1`."""
+    words = [sys.executable, f"{A}.py", "train", *map(str, short), "--max-steps", "20", "--checkpoint-every", "1"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if stream == "stderr":
+        streams["stderr"] = subprocess.STDOUT
+    process = subprocess.Popen(words, cwd=ROOT, text=True, **streams)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    if process.stderr:
+        process.stderr.read()
+    assert process.wait(120) == 0
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"] == 20
+
+
+def started_run(words: list[str]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "parameters" in process.stdout.readline()
+    time.sleep(1)
+    return process
+
+
+def test_a_closed_window_saves_and_nohup_goes_on(tmp_path: Path, short: tuple[object, ...]) -> None:
+    words = [sys.executable, f"{A}.py", "train", *map(str, short), "--max-steps", "100000"]
+    process = started_run(words)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    step = checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"]
+    assert step > 0
+    process = started_run(["nohup", *words, "--resume"])
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"] > step
+
+
+def test_interrupted_under_tee_the_status_is_that_of_the_signal(tmp_path: Path, short: tuple[object, ...]) -> None:
+    process = started_run([sys.executable, f"{A}.py", "train", *map(str, short)])
+    assert process.stdout is not None
+    process.stdout.close()  # tee has died of the same Ctrl-C
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
+    images = tiny_run.make_images()
+    trainer = tiny_run.make_trainer(epochs=1)
+    thread = threading.Thread(target=lambda: train(trainer, images, images, tmp_path, sample_every=0))
+    thread.start()
+    thread.join()
+    assert read_log(tmp_path)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, short: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder with a checkpoint, and a model that must not be asked."""
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    monkeypatch.setattr("common.run.test.sample_images", fail)
+    monkeypatch.setattr("common.run.evaluate.measure_losses", fail)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def as_another_user(trained: Path) -> Iterator[None]:
+    """Whoever runs the test may not write to the run folder."""
+    user = os.geteuid()
+    for folder in (trained, *list(trained.parents)[:3]):
+        if user == 0:
+            folder.chmod(0o755)
+    trained.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        trained.chmod(0o755)
+
+
+@pytest.mark.usefixtures("as_another_user")
+@pytest.mark.parametrize("command", ["test", "eval"])
+def test_results_that_cannot_be_written_are_told_before_any_work(
+    command: str, trained: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data-dir", shapes_dir) if command == "eval" else ()
+    assert run_stage(A, command, "--run-dir", trained, *data) == 2
+    assert f"argument --output: {trained} may not be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("test", "--output", "{0}/a.png", "--trajectory", "{0}/a.png"), "that of --trajectory too"),
+        (("test", "--trajectory", "{0}/samples.png"), "that of --trajectory too"),
+        (("test", "--output", "{0}/grid.jpg"), "--output: the name must end in .png"),
+        (("test", "--output", "{0}/folder.png"), "is a folder"),
+        (("eval", "--output", "{0}/numbers.txt"), "--output: the name must end in .json"),
+        (("eval", "--output", "{0}/nowhere/numbers.json"), "--output: no such folder"),
+    ],
+)
+def test_misnamed_results_are_told_before_any_work(
+    words: tuple[str, ...], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trained / "folder.png").mkdir()
+    assert run_stage(A, *(word.format(trained) for word in words), "--run-dir", trained) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# Launchers
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"RANK": "1"}, "RANK: is '1'"),
+        ({"RANK": "0"}, "WORLD_SIZE: is not set"),
+        ({"WORLD_SIZE": "2"}, "RANK: is not set"),
+        ({"WORLD_SIZE": "", "RANK": ""}, "RANK: is ''"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE: is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR: is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK: is '2'"),
+    ],
+)
+def test_what_another_program_has_left_in_the_environment_is_named(environment: dict[str, str], name: str) -> None:
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    words = [sys.executable, f"{A}.py"]
+    done = subprocess.run([*words, "test"], cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True)
+    assert done.returncode == UsageError.exit_status
+    assert f"environment variable {name}" in done.stderr
+    assert done.stderr.count("\n") == 1
+    helped = subprocess.run([*words, "--help"], cwd=ROOT, env={**clean, **environment}, capture_output=True)
+    assert helped.returncode == 0
