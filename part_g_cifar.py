@@ -152,6 +152,7 @@ def attention_resolutions(group: options.OptionGroup) -> None:
     group.add_argument(
         "--attention-resolutions",
         type=options.whole_number(1, 32),
+        action=options.AnyOrder,
         nargs="*",
         default=[16],
         help="pixels a side of the levels whose ResnetBlocks are followed by attention",

@@ -37,8 +37,8 @@ from benchmarks.throughput import SCHEDULE_STEPS, STAGES, flops_per_image, new_m
 from common.data import random_generator, to_float, to_uint8
 from common.diffusion import NoiseSchedule
 from common.run import checkpoint
+from common.run.checkpoint import LOG_COLUMNS
 from common.run.errors import UserError
-from common.run.folder import LOG_COLUMNS
 from common.run.options import positive_float, whole_number
 from common.run.shapes import draw_shapes
 

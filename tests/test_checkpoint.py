@@ -15,7 +15,7 @@ from common.run.checkpoint import Checkpoint, RunOptions, atomic_write
 from common.run.errors import UserError
 from common.run.loop import Run
 from part_a_cifar import Model
-from tests.conftest import Attack, run_stage
+from tests.conftest import ROOT, Attack, run_stage
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,14 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path, conten
     assert (tmp_path / "victim").exists()
 
 
-def test_a_missing_checkpoint_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"python part_a_cifar.py train"):
-        checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")
+def test_a_missing_checkpoint_says_how_to_make_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In words that work from the current folder."""
+    script = str(ROOT / "part_a_cifar.py")
+    for folder, name in ((ROOT, "part_a_cifar.py"), (tmp_path, script)):
+        monkeypatch.chdir(folder)
+        assert run_stage("part_a_cifar", "test", "--run-dir", tmp_path) == 1
+        error = capsys.readouterr().err
+        assert f"no checkpoint there; make one with: python {name} train --run-dir {tmp_path}; or take" in error
+        assert "--pretrained" in error

@@ -102,6 +102,18 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
     assert "argument --gated: True contradicts" in capsys.readouterr().err
 
 
+def test_an_option_that_a_checkpoint_cannot_carry_is_told_before_training(
+    tmp_path: Path, run: Callable[[Stage, str], Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add_options(group: OptionGroup) -> None:
+        group.add_argument("--table", type=Path, default=Path("a.csv"))
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny(), [add_options])
+    assert run(stage, "run")("train", "--dataset", "shapes") == 2
+    assert "argument --table: a checkpoint cannot carry" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_weights_that_are_not_finite_never_replace_good_ones(
     tmp_path: Path, run: Callable[[Stage, str], Run], capsys: pytest.CaptureFixture[str]
 ) -> None:

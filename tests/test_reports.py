@@ -1,21 +1,28 @@
 """What people's reports have broken: work that is lost, shells, launchers. Each test is named after the promise."""
 
+import importlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from common.diffusion import NoiseSchedule
 from common.run import checkpoint
-from common.run.errors import UsageError
+from common.run.datasets import load_images
+from common.run.errors import UsageError, UserError
 from common.run.loop import train
+from common.run.pictures import sample_images
 from tests import tiny_run
 from tests.conftest import ROOT, STAGES, run_stage
 from tests.test_training import read_log
@@ -179,21 +186,27 @@ def trained(tmp_path: Path, short: tuple[object, ...], monkeypatch: pytest.Monke
     return tmp_path / "run"
 
 
-@pytest.fixture
-def as_another_user(trained: Path) -> Iterator[None]:
-    """Whoever runs the test may not write to the run folder."""
+@contextmanager
+def another_user(folder: Path) -> Iterator[None]:
+    """Root, who may read and write everything, becomes somebody who can reach the folder."""
     user = os.geteuid()
-    for folder in (trained, *list(trained.parents)[:3]):
-        if user == 0:
-            folder.chmod(0o755)
-    trained.chmod(0o555)
     if user == 0:
+        for parent in (folder, *folder.parents[:-2]):  # but for / and /tmp
+            parent.chmod(0o755)
         os.seteuid(65534)
     try:
         yield
     finally:
         os.seteuid(user)
-        trained.chmod(0o755)
+
+
+@pytest.fixture
+def as_another_user(trained: Path) -> Iterator[None]:
+    """Whoever runs the test may not write to the run folder."""
+    trained.chmod(0o555)
+    with another_user(trained.parent):
+        yield
+    trained.chmod(0o755)
 
 
 @pytest.mark.usefixtures("as_another_user")
@@ -251,3 +264,127 @@ def test_what_another_program_has_left_in_the_environment_is_named(environment: 
     assert done.stderr.count("\n") == 1
     helped = subprocess.run([*words, "--help"], cwd=ROOT, env={**clean, **environment}, capture_output=True)
     assert helped.returncode == 0
+
+
+# Data, models and samples of one's own
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.rand(44, 3, 32, 32), "float32 (44, 3, 32, 32)"),
+        (torch.zeros(44, 3, 28, 28, dtype=torch.uint8), "uint8 (44, 3, 28, 28)"),
+        (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "uint8 (0, 3, 32, 32)"),
+        (torch.zeros(44, 32, 32, 3, dtype=torch.uint8), "uint8 (44, 32, 32, 3)"),
+    ],
+)
+def test_images_that_are_none_are_told_before_training(images: torch.Tensor, found: str, tmp_path: Path) -> None:
+    good = tiny_run.make_images()
+    for training, held_out, name in ((images, good, "training images"), (good, images, "held-out images")):
+        with pytest.raises(UserError, match=re.escape(f"{name}: must be uint8 (N, 3, 32, 32)")) as error:
+            train(tiny_run.make_trainer(), training, held_out, tmp_path, sample_every=0)
+        assert found in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_any_precision_are_sampled(dtype: torch.dtype) -> None:
+    model = importlib.import_module(A).Model().to(dtype)
+    images = sample_images(model, NoiseSchedule(), 2, steps=2)
+    assert images.shape == (2, 3, 32, 32)
+
+
+def test_images_of_another_shape_are_sampled() -> None:
+    model = importlib.import_module(STAGES[4]).Model(image_channels=1, channel_mult=(1, 1), num_res_blocks=1)
+    assert sample_images(model, NoiseSchedule(), 2, steps=2, image_shape=(1, 16, 16)).shape == (2, 1, 16, 16)
+
+
+def test_an_interrupted_sampling_leaves_the_models_mode_alone() -> None:
+    model = tiny_run.Tiny()
+    with pytest.raises(ValueError, match="1 to 1000"):
+        sample_images(model, NoiseSchedule(), 2, steps=2000)
+    assert model.training
+
+
+def test_the_inner_folder_of_cifar10_is_taken_too(cifar10_dir: Path) -> None:
+    inner = cifar10_dir / "cifar-10-batches-py"
+    assert torch.equal(load_images("cifar10", inner, train=False), load_images("cifar10", cifar10_dir, train=False))
+
+
+def test_data_that_may_not_be_read_is_named(tmp_path: Path, cifar10_dir: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    shutil.copytree(cifar10_dir / folder.name, folder)
+    for path in (folder / "data_batch_1", folder):
+        path.chmod(0)
+        with another_user(tmp_path), pytest.raises(UserError, match=f"{path}: may not be read") as error:
+            load_images("cifar10", tmp_path)
+        path.chmod(0o755)
+        assert "no CIFAR-10 there" not in str(error.value)
+
+
+def test_several_first_uses_at_once_draw_a_data_set_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import sys
+from pathlib import Path
+from common.run import datasets
+datasets.TRAINING_IMAGES, datasets.HELD_OUT_IMAGES = 60, 40
+draw = datasets.draw_shapes
+def note(count):
+    print("drawn")
+    return draw(count)
+datasets.draw_shapes = note
+assert len(datasets.load_images("shapes", Path(sys.argv[1]))) == 60
+"""
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    started = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0, 0]
+    assert "".join(outputs).count("drawn") == 1
+
+
+def test_values_whose_order_means_nothing_do_not_contradict(tmp_path: Path, short: tuple[object, ...]) -> None:
+    g = STAGES[6]
+    small = ("--channel-mult", 1, 1, 1, "--num-res-blocks", 1, "--attention-resolutions")
+    assert run_stage(g, "train", *short, *small, 16, 8, "--max-steps", 1) == 0
+    draw = ("test", "--run-dir", tmp_path / "run", "--num-images", 1, "--steps", 1, "--attention-resolutions")
+    assert run_stage(g, *draw, 8, 16) == 0
+    assert run_stage(g, *draw, 8) == 2
+
+
+def test_a_console_that_lacks_a_letter_is_no_reason_to_stop(tmp_path: Path) -> None:
+    words = [sys.executable, f"{A}.py", "test", "--run-dir", str(tmp_path / "M\u00fcnchen")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "M\\xfcnchen" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("training_options", {"dataset": "mnist"}),
+        ("training_options", {"batch_size": 0}),
+        ("training_options", {"ema_decay": 1.5}),
+        ("training_options", {"hflip": 3}),
+        ("progress", {"log": [{"epoch": 1}]}),
+        ("progress", {"log": [1]}),
+        ("training_options", {"dataset": "\x1b[2Jgone"}),
+    ],
+)
+@pytest.mark.parametrize("command", ["test", "train --resume"])
+def test_senseless_values_in_a_checkpoint_are_one_line(
+    part: str, change: dict[str, Any], command: str, tmp_path: Path, short: tuple[object, ...], capsys: Any
+) -> None:
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved: dict[str, Any] = dict(checkpoint.load(path, A))
+    torch.save({**saved, part: {**saved[part], **change}}, path)
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert run_stage(A, *command.split(), "--run-dir", tmp_path / "run", "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert "\x1b" not in error
+    assert path.read_bytes() == before

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.diffusion import NoisePredictor, NoiseSchedule, ddim, ddpm, time_steps
-from common.run.pictures import Film, default_steps, sample_images, save_grid
+from common.run.pictures import Film, default_steps, sample_images, save_film, save_grid, save_trajectory
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_grid_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
 
 
 def test_a_film_goes_from_the_noise_to_the_image_over_evenly_spaced_moments() -> None:
-    film = Film(steps=1000, frames=5, num_images=2)
+    film = Film(steps=1000, frames=5, num_images=4)
     seen: list[int] = []
 
     class Note(nn.Module):
@@ -275,16 +275,13 @@ def test_a_film_goes_from_the_noise_to_the_image_over_evenly_spaced_moments() ->
             seen.append(int(t[0]))
             return xt
 
-    def watch(start: int, step: int, xt: Tensor) -> None:
-        if start == 0:
-            film(step, xt)
-
-    images = sample_images(Note(), NoiseSchedule(), 5, sampler="ddpm", batch_size=3, watch=watch)
+    images = sample_images(Note(), NoiseSchedule(), 5, sampler="ddpm", batch_size=3, watch=film)
     assert len(seen) == 2000  # two batches; the film cost no step
-    assert film.moments == {0, 250, 500, 750, 1000}
-    assert [frame.shape for frame in film.frames] == 5 * [(2, 3, 32, 32)]
-    assert torch.equal(film.frames[-1], images[:2])
-    assert film.frames[0].float().std() > 70  # noise, clipped to [-1, 1]
+    assert film.moments == [0, 250, 500, 750, 1000]
+    frames = film.frames()
+    assert [frame.shape for frame in frames] == 5 * [(4, 3, 32, 32)]  # of both batches
+    assert torch.equal(frames[-1], images[:4])
+    assert frames[0].float().std() > 70  # noise, clipped to [-1, 1]
 
 
 @pytest.mark.parametrize("ending", ["webp", "gif"])
@@ -293,8 +290,8 @@ def test_a_film_and_a_trajectory_are_written_as_they_are(tmp_path: Path, ending:
     film = Film(steps=3, frames=4, num_images=6)
     ramp = torch.linspace(-1, 1, 32).expand(6, 3, 32, 32)
     for step in range(4):
-        film(step, (ramp + 1) * step / 3 - 1)
-    film.save_film(tmp_path / f"film.{ending}")
+        film(0, step, (ramp + 1) * step / 3 - 1)
+    save_film(film.frames(), tmp_path / f"film.{ending}")
     with Image.open(tmp_path / f"film.{ending}") as image:
         assert image.n_frames == 4
         assert image.info["loop"] == 0
@@ -304,7 +301,7 @@ def test_a_film_and_a_trajectory_are_written_as_they_are(tmp_path: Path, ending:
             assert shown.shape == (70, 104, 3)
             expected = np.linspace(0, 255 * step / 3, 32)
             assert abs(shown[2:34, 2:34, 0] - expected).max() < 25  # compressed with loss
-    film.save_trajectory(tmp_path / "strip.png")
+    save_trajectory(film.frames(), tmp_path / "strip.png")
     strip = np.asarray(Image.open(tmp_path / "strip.png"))
     assert strip.shape == (2 + 6 * 34, 2 + 4 * 34, 3)
     assert [strip[10, 33 + 34 * column, 0] for column in range(4)] == [0, 85, 170, 255]

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -338,6 +339,13 @@ def test_losses_are_plotted_from_the_log(images: Tensor, tmp_path: Path, capsys:
     (tmp_path / "log.csv").write_text((tmp_path / "log.csv").read_text().rsplit("\n", 2)[0] + "\n")
     assert plot_losses(tmp_path)
     assert (np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")) != drawn).any()
+
+
+def test_losses_are_plotted_in_a_folder_of_any_name(images: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run_dir = tmp_path / os.fsdecode(b"loss_$x^{$\xff")
+    train(make_trainer(epochs=1), images, images, run_dir, sample_every=0)
+    assert (run_dir / "loss.png").exists()
 
 
 def test_without_matplotlib_there_is_no_plot_and_one_line_that_says_so(

@@ -19,6 +19,7 @@ from common.run.errors import UserError
 from common.training import Progress, TrainingOptions
 
 FORMAT = 3
+LOG_COLUMNS = ("epoch", "step", "train_loss", "held_out_loss", "images_per_second", "seconds")
 READABLE = (2, 3)  # 2: there was no option --norm-groups; 1: the norms had other groups
 
 
@@ -88,7 +89,7 @@ def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
         UserError: there is none, it is damaged, or it belongs to another stage or to another version of the project.
     """
     if not path.exists():
-        raise UserError(f"{path}: no checkpoint there; make one with: python {stage}.py train")
+        raise UserError(f"{path}: no checkpoint there")
     file = io.BytesIO(path.read_bytes())
     with reading(path), warnings.catch_warnings():
         if zipfile.ZipFile(file).testzip():
@@ -111,7 +112,21 @@ def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
     with reading(path):
         _check(RunOptions, contents["training_options"])
         _check(RunProgress, contents["progress"])
+        for row in contents["progress"]["log"]:
+            if tuple(row) != LOG_COLUMNS or not all(0 <= value < math.inf for value in row.values()):
+                raise ValueError(f"a row of its log is {row!r}")
     return contents  # type: ignore[return-value]
+
+
+def survives(value: Any) -> bool:
+    """Whether a value comes back from a checkpoint as it is."""
+    packed = io.BytesIO()
+    torch.save(value, packed)
+    packed.seek(0)
+    try:
+        return bool(torch.load(packed, weights_only=True) == value)
+    except pickle.UnpicklingError:
+        return False
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -166,7 +181,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: the disk is full, say, or the folder may not be written to or has vanished.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

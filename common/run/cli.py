@@ -1,5 +1,6 @@
 """The entry of every script: reads the command line, runs the command, and turns what goes wrong into one line."""
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -16,6 +17,9 @@ from common.run.train import train
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that lacks a letter is no reason to stop
     try:
         options, typed = parse(stage, argv)
         command = {"train": train, "test": test, "eval": evaluate}[options.command]
@@ -41,5 +45,6 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
             raise
         status = 1
     who = f"rank {distributed.RANK}: " if distributed.WORLD_SIZE > 1 else ""
-    print(f"{stage.name}.py: {who}error: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+    print(f"{stage.name}.py: {who}error: {line}", file=sys.stderr)
     distributed.exit_after_error(status)

@@ -1,6 +1,7 @@
 """The data sets: CIFAR-10, downloaded and checked, and shapes, drawn."""
 
 import http.client
+import os
 import zipfile
 import zlib
 from contextlib import suppress
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from common.run.checkpoint import atomic_write
 from common.run.errors import UserError, warn
+from common.run.folder import one_at_a_time
 from common.run.shapes import draw_shapes
 
 IMAGE_SHAPE = (3, 32, 32)
@@ -26,7 +28,7 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
 
     Args:
         dataset: "cifar10", downloaded on first use and checked by its published MD5, or "shapes", drawn on first use.
-        data_dir: the folder that keeps the data set.
+        data_dir: the folder that keeps the data set; the inner one, cifar-10-batches-py, does too.
         data_url: another address of CIFAR-10's archive, http or https.
 
     Returns:
@@ -35,11 +37,23 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
     Raises:
         UserError: CIFAR-10 is not in `data_dir` and could not be downloaded.
     """
-    if dataset == "cifar10":
-        images = _load_cifar10(data_dir, train, data_url)
-    else:
-        images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
+    with one_at_a_time(data_dir):
+        if dataset == "cifar10":
+            images = _load_cifar10(data_dir, train, data_url)
+        else:
+            images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
     return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def check_images(images: Tensor, name: str) -> None:
+    """Makes sure that images are what the networks here are made for.
+
+    Raises:
+        UserError: they are not uint8 (N, 3, 32, 32), or there are none.
+    """
+    if images.dtype != torch.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
+        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        raise UserError(f"{name}: must be uint8 (N, 3, 32, 32), colours from 0 to 255, N at least 1; got {found}")
 
 
 def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarray:
@@ -48,6 +62,11 @@ def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarr
     class Archive(CIFAR10):
         url = data_url or CIFAR10.url
 
+    if data_dir.name == Archive.base_folder:
+        data_dir = data_dir.parent
+    for path in (data_dir, *data_dir.glob(f"{Archive.base_folder}"), *data_dir.glob(f"{Archive.base_folder}/*")):
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise UserError(f"--data-dir {data_dir}: {path}: may not be read")
     try:
         return Archive(data_dir, train=train, download=True).data.transpose(0, 3, 1, 2)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:

@@ -55,11 +55,12 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def in_precision(model: nn.Module, bf16: bool) -> NoisePredictor:
-    """The model, under bfloat16 autocast if so asked; what it returns is float32."""
+    """The model, under bfloat16 autocast if so asked; what it returns is float32, whatever its weights are."""
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
 
     def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(xt.device.type, torch.bfloat16, enabled=bf16):
-            return model(xt, t).float()
+            return model(xt.to(dtype), t).float()
 
     return predict_noise
 

@@ -4,11 +4,11 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from common.run.checkpoint import atomic_write
+from common.run.checkpoint import LOG_COLUMNS, atomic_write
 from common.run.errors import UsageError
 
 try:
@@ -17,14 +17,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RUN_FILES = ("checkpoint.pt", "log.csv", "loss.png", "samples.png", "eval.json", "samples")
-LOG_COLUMNS = ("epoch", "step", "train_loss", "held_out_loss", "images_per_second", "seconds")
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Makes the folder, and keeps other processes from training in it for as long as this one lives.
 
-    The lock goes with the process, whatever ends it. Windows, and file systems without locks, go without.
+    The lock goes with the process, whatever ends it.
 
     Raises:
         UsageError: another process is training there.
@@ -32,15 +31,37 @@ def locked(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "wb") as file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, wait=False)
         except BlockingIOError as error:
             raise UsageError(
                 f"--run-dir {run_dir}: another process is training there; wait for its end, or name another folder"
             ) from error
-        except OSError:  # there are no locks here
-            pass
+        for name in ("checkpoint.pt", "log.csv", "loss.png"):
+            for left_by_a_death in run_dir.glob(f".{name}.*.tmp"):
+                left_by_a_death.unlink()
         yield
+
+
+@contextmanager
+def one_at_a_time(data_dir: Path) -> Iterator[None]:
+    """Lets one process after the other prepare a data set, where its folder takes a lock."""
+    with suppress(OSError):
+        data_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with suppress(OSError):
+            _lock(held.enter_context(open(data_dir / ".lock", "wb")), wait=True)
+        yield
+
+
+def _lock(file: IO[bytes], wait: bool) -> None:
+    """Takes the file's lock. Windows, and file systems without locks, go without."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def is_run_folder(run_dir: Path) -> bool:
@@ -88,7 +109,8 @@ def plot_losses(run_dir: Path) -> bool:
     epochs = [int(row["epoch"]) for row in rows]
     axes.plot(epochs, [float(row["train_loss"]) for row in rows], ".-", label="training images, as the weights change")
     axes.plot(epochs, [float(row["held_out_loss"]) for row in rows], ".-", label="held-out images, averaged weights")
-    axes.set(xlabel="epoch", ylabel="mean squared error of the predicted noise", yscale="log", title=run_dir.name)
+    axes.set(xlabel="epoch", ylabel="mean squared error of the predicted noise", yscale="log")
+    axes.set_title(run_dir.name.encode(errors="replace").decode(), parse_math=False)  # any name, also one with a $
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())

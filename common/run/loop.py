@@ -21,10 +21,11 @@ from common.data import random_generator, random_seed, shuffled_batches, to_uint
 from common.diffusion import diffusion_loss
 from common.likelihood import HELD_OUT_BLOCK, held_out_draws
 from common.run import checkpoint, distributed
-from common.run.checkpoint import Checkpoint, RunOptions, RunProgress
+from common.run.checkpoint import LOG_COLUMNS, Checkpoint, RunOptions, RunProgress
+from common.run.datasets import check_images
 from common.run.device import GraphedFunction, in_precision, noise_predictor
 from common.run.errors import UserError, only_telling
-from common.run.folder import LOG_COLUMNS, plot_losses, write_log
+from common.run.folder import plot_losses, write_log
 from common.run.pictures import sample_images, save_grid
 from common.training import Trainer
 
@@ -200,6 +201,8 @@ def train(
     Raises:
         UserError: the loss or the gradient is not finite, or a file cannot be written.
     """
+    check_images(images, "training images")
+    check_images(held_out, "held-out images")
     progress = run.progress
     is_first = distributed.RANK == 0
     held_out = held_out[:LOG_HELD_OUT_IMAGES]
@@ -277,7 +280,7 @@ def _progress_bar(run: Run, num_images: int, max_steps: int | None) -> tqdm:
     total = run.options.epochs * num_images
     if max_steps is not None:
         total = min(total, max_steps * run.options.batch_size)
-    hide = None if distributed.RANK == 0 else True  # None: where stderr is no terminal
+    hide = None if distributed.RANK == 0 and sys.stderr else True  # None: where stderr is no terminal
     seen = run.progress.epoch * num_images + run.progress.seen
     return tqdm(total=total, initial=seen, unit=" images", disable=hide)
 

@@ -1,6 +1,7 @@
 """A stage's model: from the options of the command line, from those of a checkpoint, or both where they agree."""
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ from torch import nn
 from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
 from common.run.device import compile_model, pick_device, use_bf16
-from common.run.errors import UsageError
-from common.run.options import Stage, flag, model_defaults, saved_model_options
+from common.run.errors import UsageError, UserError
+from common.run.options import Stage, check_saved_training_options, flag, model_defaults, saved_model_options
 
 MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
@@ -40,9 +41,15 @@ def choose_model_options(
     """
     asked = {name: getattr(options, name) for name in model_defaults(stage)}
     if saved is None:
+        for name, value in asked.items():
+            if not checkpoint.survives(value):
+                raise UsageError(
+                    f"argument {flag(name)}: a checkpoint cannot carry {value!r}; make it a number or a text"
+                )
         return asked
     with checkpoint.reading(path):
         model_options = saved_model_options(stage, saved["model_options"])
+        check_saved_training_options(stage, saved["training_options"])
     refuse_contradictions({name: asked[name] for name in typed & asked.keys()}, model_options, path)
     return model_options
 
@@ -103,6 +110,12 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], bat
     averaged = options.weights == "ema"
     if options.pretrained and not averaged:
         raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
+    if not path.exists():
+        command = shlex.join(["python", stage.script, "train", "--run-dir", str(path.parent)])
+        pretrained = (
+            "; or take the weights that come with the project, with --pretrained" if stage.weights.exists() else ""
+        )
+        raise UserError(f"{path}: no checkpoint there; make one with: {command}{pretrained}")
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
     distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     model = build_model(stage, choose_model_options(stage, options, typed, path, saved)).eval()

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -58,6 +59,12 @@ class Stage:
         return Path(self.file).stem
 
     @property
+    def script(self) -> str:
+        """How to name the script from the current folder."""
+        path = Path(self.file).resolve()
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+    @property
     def weights(self) -> Path:
         """Where the weights that come with the project are."""
         return Path(self.file).resolve().parent / "assets" / "weights" / f"{self.name}.pt"
@@ -91,7 +98,7 @@ class _Recorder(argparse.ArgumentParser):
     """An ArgumentParser that remembers its options."""
 
     def __init__(self) -> None:
-        super().__init__(add_help=False)
+        super().__init__(add_help=False, conflict_handler="resolve")
         self.actions: list[argparse.Action] = []
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
@@ -99,17 +106,17 @@ class _Recorder(argparse.ArgumentParser):
         return self.actions[-1]
 
 
-def _model_actions(stage: Stage) -> dict[str, argparse.Action]:
-    """What argparse knows of each of the stage's model options, by name."""
+def _actions(*add_options: AddOption) -> dict[str, argparse.Action]:
+    """What argparse knows of each option that these functions add, by name."""
     recorder = _Recorder()
-    for add_option in stage.model_options:
+    for add_option in add_options:
         add_option(recorder)
     return {action.dest: action for action in recorder.actions}
 
 
 def model_defaults(stage: Stage) -> dict[str, Any]:
     """The model options of a stage, by name, with their defaults."""
-    return {name: action.default for name, action in _model_actions(stage).items()}
+    return {name: action.default for name, action in _actions(*stage.model_options).items()}
 
 
 def saved_model_options(stage: Stage, saved: dict[str, Any]) -> dict[str, Any]:
@@ -118,11 +125,31 @@ def saved_model_options(stage: Stage, saved: dict[str, Any]) -> dict[str, Any]:
     Raises:
         argparse.ArgumentTypeError, TypeError, ValueError: they could not have come from the command line.
     """
-    actions = _model_actions(stage)
+    actions = _actions(*stage.model_options)
+    _check_saved(actions, saved)
+    return {name: saved.get(name, action.default) for name, action in actions.items()}
+
+
+def check_saved_training_options(stage: Stage, saved: dict[str, Any]) -> None:
+    """Makes sure that the training options of a checkpoint could have come from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError, TypeError, ValueError: they could not.
+    """
+    actions = _actions(
+        partial(_add_training_options, stage=stage),
+        partial(_add_data_options, choose=True),
+        partial(_add_common_options, stage=stage),
+        hflip,  # which every checkpoint carries; a stage's own takes its place
+        *stage.training_options,
+    )
+    _check_saved(actions, saved)
+
+
+def _check_saved(actions: dict[str, argparse.Action], saved: dict[str, Any]) -> None:
     for name, value in saved.items():
         if name not in actions or not _could_be_typed(actions[name], value):
-            raise ValueError(f"its model option {name} is {value!r}")
-    return {name: saved.get(name, action.default) for name, action in actions.items()}
+            raise ValueError(f"its option {name} is {value!r}")
 
 
 def _could_be_typed(action: argparse.Action, value: Any) -> bool:
@@ -346,6 +373,13 @@ def hflip(group: OptionGroup, default: bool = False) -> None:
     group.add_argument(
         "--hflip", action=argparse.BooleanOptionalAction, default=default, help="flip images left-right by chance"
     )
+
+
+class AnyOrder(argparse.Action):
+    """For options with several values whose order means nothing: the largest comes first."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, sorted(set(values), reverse=True))
 
 
 # Types of options: they turn a word of the command line into a value or say what is wrong with it

@@ -16,6 +16,7 @@ from common.diffusion import NoisePredictor, NoiseSchedule, ddim, ddpm
 from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.datasets import IMAGE_SHAPE
+from common.run.device import in_precision
 from common.run.errors import UsageError
 
 SAMPLERS = ("ddpm", "ddim")
@@ -36,37 +37,40 @@ def sample_images(
     steps: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    image_shape: tuple[int, int, int] = IMAGE_SHAPE,
     spread: bool = False,
     watch: Callable[[int, int, Tensor], None] | None = None,
 ) -> Tensor:
     """Samples images, `batch_size` at a time. Leaves the global random numbers and the model's mode alone.
 
     Args:
-        model: predicts noise; it and the schedule are on the same device.
+        model: predicts noise, with weights of any floating-point type; it and the schedule are on the same device.
         sampler: "ddpm" or "ddim".
         steps: how many time steps to visit, see `default_steps`.
         seed: the images depend on it, on their number, on `batch_size` and on the device.
+        image_shape: (C, H, W) of an image.
         spread: share the batches out among all processes, which must all call this.
         watch: called with the number of a batch's first image, the number of steps made, from 0 on, and the state
-            (B, 3, 32, 32) that the batch is in.
+            (B, C, H, W) that the batch is in.
 
     Returns:
-        uint8 (num_images, 3, 32, 32) in main memory, the same whether spread or not.
+        uint8 (num_images, C, H, W) in main memory, the same whether spread or not.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: must be {' or '.join(SAMPLERS)}, got {sampler!r}")
     steps = default_steps(sampler, schedule.steps) if steps is None else steps
     device = schedule.beta.device
+    predict_noise = in_precision(model, bf16=False) if isinstance(model, nn.Module) else model
     starts = range(0, num_images, batch_size)
     chunks = {}
     with _in_eval_mode(model):
         for start in starts[distributed.RANK :: distributed.WORLD_SIZE] if spread else starts:
             generator = random_generator(device, seed, "sample", start)
-            shape = (min(batch_size, num_images - start), *IMAGE_SHAPE)
+            shape = (min(batch_size, num_images - start), *image_shape)
             xt = noise = torch.randn(shape, generator=generator, device=device)
-            states = ddim(model, schedule, noise, steps)
+            states = ddim(predict_noise, schedule, noise, steps)
             if sampler == "ddpm":
-                states = ddpm(model, schedule, noise, generator, steps)
+                states = ddpm(predict_noise, schedule, noise, generator, steps)
             for step, xt in enumerate(itertools.chain([noise], states)):
                 if watch:
                     watch(start, step, xt)
@@ -91,43 +95,50 @@ def _in_eval_mode(model: NoisePredictor) -> Iterator[None]:
 
 
 class Film:
-    """Keeps some of the states that an image goes through, to be handed to `sample_images` to watch.
+    """Keeps some of the states that images go through, to be handed to `sample_images` to watch.
 
     Args:
         steps: how many the sampler makes.
         frames: how many states to keep, evenly spaced, the first noise and the finished image among them.
-        num_images: how many images of the batch to keep.
+        num_images: how many images to keep.
     """
 
     def __init__(self, steps: int, frames: int, num_images: int):
-        self.moments = {round(steps * i / (frames - 1)) for i in range(frames)}
+        self.moments = sorted({round(steps * i / (frames - 1)) for i in range(frames)})
         self.num_images = num_images
-        self.frames: list[Tensor] = []  # uint8 (num_images, 3, 32, 32) each
+        self.states: dict[tuple[int, int], Tensor] = {}  # by step and number of the first image, uint8 (B, 3, 32, 32)
 
-    def __call__(self, step: int, xt: Tensor) -> None:
-        if step in self.moments:
-            self.frames.append(to_uint8(xt[: self.num_images]).cpu())
+    def __call__(self, start: int, step: int, xt: Tensor) -> None:
+        if step in self.moments and start < self.num_images:
+            self.states[step, start] = to_uint8(xt[: self.num_images - start]).cpu()
 
-    def save_film(self, path: Path, seconds_per_frame: float = 0.08) -> None:
-        """Writes an animated WebP or GIF, by the file's extension: the frames as grids, the last one held for long."""
-        grids = [_grid(frame, math.ceil(math.sqrt(len(frame)))) for frame in self.frames]
-        durations = [round(1000 * seconds_per_frame)] * (len(grids) - 1) + [2500]
-        with atomic_write(path) as file:
-            grids[0].save(
-                file,
-                format=FILM_FORMATS[path.suffix.lower()],
-                save_all=True,
-                append_images=grids[1:],
-                duration=durations,
-                loop=0,
-                quality=60,  # of a WebP, of 100
-            )
+    def frames(self) -> list[Tensor]:
+        """uint8 (num_images, 3, 32, 32) for each moment; with several processes, all must call this."""
+        states = {key: images for others in distributed.gather(self.states) for key, images in others.items()}
+        return [torch.cat([states[key] for key in sorted(states) if key[0] == moment]) for moment in self.moments]
 
-    def save_trajectory(self, path: Path) -> None:
-        """Writes a PNG with a row for each image, which turns from noise into itself from left to right."""
-        images = torch.stack(self.frames, dim=1).flatten(0, 1)  # (num_images * frames, 3, 32, 32)
-        with atomic_write(path) as file:
-            _grid(images, len(self.frames)).save(file, format="PNG")
+
+def save_film(frames: list[Tensor], path: Path, seconds_per_frame: float = 0.08) -> None:
+    """Writes an animated WebP or GIF, by the file's extension: the frames as grids, the last one held for long."""
+    grids = [_grid(frame, math.ceil(math.sqrt(len(frame)))) for frame in frames]
+    durations = [round(1000 * seconds_per_frame)] * (len(grids) - 1) + [2500]
+    with atomic_write(path) as file:
+        grids[0].save(
+            file,
+            format=FILM_FORMATS[path.suffix.lower()],
+            save_all=True,
+            append_images=grids[1:],
+            duration=durations,
+            loop=0,
+            quality=60,  # of a WebP, of 100
+        )
+
+
+def save_trajectory(frames: list[Tensor], path: Path) -> None:
+    """Writes a PNG with a row for each image, which turns from noise into itself from left to right."""
+    images = torch.stack(frames, dim=1).flatten(0, 1)  # (num_images * frames, 3, 32, 32)
+    with atomic_write(path) as file:
+        _grid(images, len(frames)).save(file, format="PNG")
 
 
 def check_outputs(outputs: Mapping[str, Path | None], endings: Mapping[str, Sequence[str]]) -> None:

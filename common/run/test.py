@@ -12,7 +12,16 @@ from common.run.device import noise_predictor
 from common.run.errors import UsageError, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
-from common.run.pictures import FILM_FORMATS, Film, check_outputs, default_steps, sample_images, save_grid
+from common.run.pictures import (
+    FILM_FORMATS,
+    Film,
+    check_outputs,
+    default_steps,
+    sample_images,
+    save_film,
+    save_grid,
+    save_trajectory,
+)
 
 FILM_FRAMES = 50
 ENDINGS = {"--output": [".png"], "--film": list(FILM_FORMATS), "--trajectory": [".png"]}
@@ -26,21 +35,22 @@ def test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     trained = load_trained(stage, options, typed, min(options.batch_size, options.num_images))
     output = options.output or trained.folder / "samples.png"
     check_outputs({**outputs, "--output": output}, ENDINGS)
-    film, trajectory = Film(steps, FILM_FRAMES, 64), Film(steps, 10, 8)
+    film, strip = Film(steps, FILM_FRAMES, 64), Film(steps, 10, 8)
 
     def watch(start: int, step: int, xt: Tensor) -> None:
-        if options.film and start == 0:
-            film(step, xt)
-        if options.trajectory and start == 0:
-            trajectory(step, xt)
+        if options.film:
+            film(start, step, xt)
+        if options.trajectory:
+            strip(start, step, xt)
 
     images = draw(trained, options, options.num_images, steps, watch)
+    film_frames, strip_frames = film.frames() if options.film else [], strip.frames() if options.trajectory else []
     if distributed.RANK == 0:
         save_grid(images, output)
         if options.film:
-            film.save_film(options.film)
+            save_film(film_frames, options.film)
         if options.trajectory:
-            trajectory.save_trajectory(options.trajectory)
+            save_trajectory(strip_frames, options.trajectory)
         say(
             f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
             f"after {trained.epochs} epochs, {trained.steps} steps of training"

@@ -139,7 +139,7 @@ def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], fi
     """What to type after `train`: with those of the typed options that the checkpoint does not carry."""
     if distributed.WORLD_SIZE > 1 and not finished:
         return "the same torchrun command, and --resume"
-    words = ["python", f"{stage.name}.py", *(["test"] if finished else ["train", "--resume"])]
+    words = ["python", stage.script, *(["test"] if finished else ["train", "--resume"])]
     names = ["run_dir", "device"]
     if not finished:
         names += ["data_dir", "data_url", "compile", "sample_every", "checkpoint_every"]
