@@ -324,7 +324,7 @@ def _save_sample_grid(run: Run, path: Path | None) -> None:
 def _stop_signals() -> Iterator[list[signal.Signals]]:
     """Notes SIGINT, SIGTERM and SIGHUP in the list instead of dying of them; a second one acts as usual.
 
-    One that is ignored, as `nohup` does with SIGHUP, stays so. Only the main thread can have handlers.
+    Where SIGHUP is ignored, as by `nohup`, it stays so. Only the main thread can have handlers.
     """
     received: list[signal.Signals] = []
 
@@ -332,10 +332,12 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         signal.signal(number, previous[received[-1]])
 
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         numbers = []
-    previous = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:
