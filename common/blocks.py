@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, ActivationFn] = {
 
 
 def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
-    """Sets a convolution to zero, so that a block starts as its shortcut, and the network with a guess of 0."""
+    """Sets a convolution to zero, so that a block starts as its shortcut, and an untrained network predicts 0."""
     nn.init.zeros_(conv.weight)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -28,8 +28,8 @@ def group_norm(channels: int, norm_groups: int | None = None) -> nn.GroupNorm:
     """GroupNorm; by default with at least four channels to a group, and at most 32 groups.
 
     32 groups are DDPM's (arXiv:2006.11239), whose narrowest level has 128 channels. For fewer channels EDM's code
-    (arXiv:2206.00364) has the lower limit. A channel that is a group of its own loses its mean: a colour, or the
-    time step that ResnetBlock adds.
+    (arXiv:2206.00364) has the lower limit. With one channel to a group, the norm would take each channel's mean
+    away, and with it the colour, or the time step that ResnetBlock has just added.
 
     Args:
         channels: by default a multiple of 4; of 32 from 128 on.
@@ -122,7 +122,7 @@ class ResnetBlock(TimestepBlock):
             self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: (B, in_channels, H, W). emb: (B, embed_dim). Returns (B, out_channels, H, W)."""
+        """x: (B, in_channels, H, W). emb: (B, embed_dim), activated already. Returns (B, out_channels, H, W)."""
         h = self.conv1(self.act1(self.norm1(x)))
         h = h + self.embed_proj(emb)[:, :, None, None]
         h = self.conv2(self.act2(self.norm2(h)))

@@ -14,11 +14,11 @@ def shuffled_batches(
 
     Args:
         images: (N, ...), on the device that trains.
-        start: how many images at the head of that order to leave out, to go on in the middle of an epoch.
+        start: how many images of that order have been used already, a multiple of batch_size, to go on in the middle.
 
     Yields:
-        images (batch_size, ...) and their weights in the batch's mean loss, float32 (batch_size,). Where too few are
-        left for the last batch, the first of them fills it up, with weight 0, so that all batches have one shape.
+        images (batch_size, ...) and each one's weight in the batch's mean loss, float32 (batch_size,), which sum to 1.
+        Copies of its first image, with weight 0, fill up the last batch: code that is made for one shape runs all.
     """
     order = torch.randperm(len(images), generator=random_generator("cpu", seed, "order", epoch))
     for index in order[start:].to(images.device).split(batch_size):

@@ -14,8 +14,9 @@ NoisePredictor = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B
 class NoiseSchedule(nn.Module):
     """How much noise each time step adds, and what follows from it in closed form.
 
-    t = 0 is one noising step, so x_{-1} means the image itself. All constants are computed in float64 and kept in
-    float32.
+    Steps are counted from 0, in the paper from 1: our t is its t - 1. `x0` is always the clean image, as in the paper;
+    x_t at t = 0 has been noised once, and x_{t-1} at t = 0 is the clean image. All constants are computed in float64
+    and kept in float32.
 
     Args:
         steps: T, the number of noising steps.
@@ -42,12 +43,12 @@ class NoiseSchedule(nn.Module):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
         alpha_bar_prev = _shifted(alpha_bar)
-        self._exact_alpha_bar = alpha_bar
+        self._exact_alpha_bar = alpha_bar  # float64, on the CPU, for not every device has float64
         constants = {
             "beta": beta,
             "alpha": alpha,
             "alpha_bar": alpha_bar,
-            # Derived ones are kept too: 1 - alpha_bar taken from the rounded alpha_bar is wrong by 0.03 % at t = 0.
+            # Kept, not derived from the rounded alpha_bar: 1 - alpha_bar would be off by up to 0.03 % at t = 0.
             "_image_scale": alpha_bar.sqrt(),
             "_noise_scale": (1 - alpha_bar).sqrt(),
             "_posterior_x0_scale": beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
@@ -58,10 +59,10 @@ class NoiseSchedule(nn.Module):
             self.register_buffer(name, value.float(), persistent=False)
 
     def strided(self, times: Sequence[int]) -> "NoiseSchedule":
-        """The same process in fewer, larger steps: its step i leads as far as this one's step `times[i]`.
+        """The same noising process in fewer, larger steps: step i of it has the alpha_bar of step `times[i]` here.
 
-        So alpha_bar is that of these time steps, and beta follows from it: improved-diffusion (arXiv:2102.09672,
-        section 4). All of a schedule's time steps give the schedule itself.
+        Its beta follows from that (Improved DDPM, arXiv:2102.09672, section 4). With all time steps, the result is this
+        schedule again.
 
         Args:
             times: ascending, each from 0 to steps - 1.
@@ -76,11 +77,11 @@ class NoiseSchedule(nn.Module):
         return _at(self._image_scale, t) * x0 + _at(self._noise_scale, t) * noise
 
     def estimate_x0(self, xt: Tensor, t: Tensor, pred_noise: Tensor) -> Tensor:
-        """The x0 which that noise implies: `add_noise` solved for x0 (eq. 15). Not clipped."""
+        """The x0 which the predicted noise implies: `add_noise` solved for x0 (eq. 15). Not clipped."""
         return (xt - _at(self._noise_scale, t) * pred_noise) / _at(self._image_scale, t)
 
     def implied_noise(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """The noise which that x0 implies: `add_noise` solved for the noise."""
+        """The noise that leads from x0 to x_t: `add_noise` solved for the noise."""
         return (xt - _at(self._image_scale, t) * x0) / _at(self._noise_scale, t)
 
     def posterior(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,14 +121,22 @@ def diffusion_loss(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, t
     return (pred_noise - noise).square().mean(dim=(1, 2, 3))
 
 
-# The samplers: generators of the states that an image goes through, from noise to picture
+# The samplers: each yields the images after every step, from noise to picture
+
+
+def clipped_x0(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, t: Tensor) -> Tensor:
+    """The model's estimate of the clean images, clipped to the range that images have."""
+    return schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
 
 
 @torch.no_grad()
 def ddpm(
     model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, generator: torch.Generator, steps: int | None = None
 ) -> Iterator[Tensor]:
-    """Walks back with fresh noise in every step (Algorithm 2 of DDPM, arXiv:2006.11239), x0 clipped to [-1, 1].
+    """Walks back with fresh noise in every step but the last (Algorithm 2 of DDPM, arXiv:2006.11239).
+
+    The algorithm's mean is written as the posterior's for the estimated x0 (eq. 7): the same formula, but one that lets
+    x0 be clipped, as the paper's code does. Of the paper's two choices of the variance this is the posterior's.
 
     In fewer steps than the schedule has, it is the same walk on the strided schedule: DDIM's eq. 12 with the sigma of
     its eq. 16 and eta = 1 (arXiv:2010.02502).
@@ -135,18 +144,18 @@ def ddpm(
     Args:
         model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
         xt: standard normal noise (B, C, H, W).
-        generator: of the noise that each step adds.
+        generator: where each step's noise comes from, on the device of `xt`.
         steps: how many of the schedule's time steps to visit, 1 to `schedule.steps`; by default all of them.
 
     Yields:
         `steps` states (B, C, H, W); the last is the image in [-1, 1].
     """
     times = time_steps(schedule.steps, schedule.steps if steps is None else steps)
-    strided = schedule.strided(times)
-    for i in reversed(range(len(times))):
+    walk = schedule.strided(times)
+    for i in reversed(range(len(times))):  # the model knows the time step as times[i], the walk as its step i
         t = torch.full((len(xt),), times[i], device=xt.device)
-        x0 = schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
-        mean, variance = strided.posterior(x0, xt, torch.full_like(t, i))
+        x0 = clipped_x0(model, schedule, xt, t)
+        mean, variance = walk.posterior(x0, xt, torch.full_like(t, i))
         noise = torch.randn(xt.shape, generator=generator, device=xt.device)
         xt = mean + variance.sqrt() * noise  # the variance is 0 at i = 0
         yield xt
@@ -167,8 +176,8 @@ def ddim(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, steps: int)
     times = time_steps(schedule.steps, steps)
     for i in reversed(range(len(times))):
         t = torch.full((len(xt),), times[i], device=xt.device)
-        x0 = schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
-        noise = schedule.implied_noise(x0, xt, t)  # of the clipped x0, not the model's own
+        x0 = clipped_x0(model, schedule, xt, t)
+        noise = schedule.implied_noise(x0, xt, t)  # computed anew: what the model predicted no longer fits a clipped x0
         xt = schedule.add_noise(x0, torch.full_like(t, times[i - 1]), noise) if i > 0 else x0
         yield xt
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.special import log_ndtr
 
 from common.data import random_generator, to_float
-from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
+from common.diffusion import NoisePredictor, NoiseSchedule, clipped_x0, diffusion_loss
 
 HELD_OUT_BLOCK = 250  # held-out images that go through the model at a time
 
@@ -65,9 +65,9 @@ def held_out_draws(images: Tensor, start: int, schedule: NoiseSchedule, seed: in
 
 
 def stratified_mean(values: Tensor) -> Estimate:
-    """The mean of values (R, S) of which each of the S columns, one a time step, holds R independent ones.
+    """The mean of a table (R, S): one column for each time step, R independent measurements in each.
 
-    That every time step is met equally often makes the mean surer than that of as many values at random time steps.
+    Its standard error comes from the spread within columns alone, so it is smaller than for random time steps.
     """
     rounds, strata = values.shape
     variance_of_means = values.var(dim=0) / rounds  # of each column, (S,)
@@ -82,7 +82,7 @@ def loss_by_quarter(losses: Tensor, steps: int) -> tuple[Estimate, list[Estimate
         steps: the schedule's, a multiple of 4.
 
     Raises:
-        ValueError: N is none of those.
+        ValueError: N is not such a number.
     """
     if len(losses) % steps or len(losses) < 2 * steps:
         raise ValueError(f"held-out images: must be a multiple of {steps}, at least {2 * steps}; got {len(losses)}")
@@ -96,9 +96,9 @@ def loss_by_quarter(losses: Tensor, steps: int) -> tuple[Estimate, list[Estimate
 class Bound(NamedTuple):
     """The parts of the variational bound, in bits per dimension, one value an image."""
 
-    prior: Tensor  # what the last time step still tells of the image
-    kl: Tensor  # of the steps between, 999 of them
-    decoder: Tensor  # of the last step, which ends in 8-bit colours
+    prior: Tensor  # what the noisiest time step still tells of the image
+    kl: Tensor  # the sum of the KL terms of t = 1 to the noisiest step
+    decoder: Tensor  # t = 0: -log p of the image in 8-bit colours
 
     def by_name(self) -> dict[str, Tensor]:
         """The parts, and their total."""
@@ -117,8 +117,8 @@ def variational_bound(
 ) -> Bound:
     """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images under what `diffusion.ddpm` draws.
 
-    The reverse steps are those of the sampler: x0 is clipped, the variance is the posterior's; that of the last step,
-    where the posterior has none, is that of the step before.
+    The reverse steps are those of the sampler: x0 is clipped, the variance is the posterior's; at t = 0, where that is
+    0, it is that of t = 1.
 
     Args:
         model: predicts noise.
@@ -131,19 +131,22 @@ def variational_bound(
     Returns:
         float64 (B,) each, B up to HELD_OUT_BLOCK.
     """
-    x0, t, noise = held_out_draws(images, start, schedule, seed)
+    x0, _, decoder_noise = held_out_draws(images, start, schedule, seed)
     generator = random_generator("cpu", seed, "bound", start)
     kl = torch.zeros(len(x0), dtype=torch.float64)
     for first, end in kl_ranges(schedule.steps, exact):
-        t = torch.randint(first, end, t.shape, generator=generator).to(x0.device)
+        t = torch.randint(first, end, (len(x0),), generator=generator).to(x0.device)
         step_noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         kl += (end - first) * kl_term(model, schedule, x0, t, step_noise)
-    nats = prior_term(schedule, x0), kl, decoder_term(model, schedule, x0, noise)
+    nats = prior_term(schedule, x0), kl, decoder_term(model, schedule, x0, decoder_noise)
     return Bound(*(part / (x0[0].numel() * math.log(2)) for part in nats))
 
 
 def kl_ranges(steps: int, exact: bool) -> list[tuple[int, int]]:
-    """The ranges of time steps (first, end) from each of which `variational_bound` takes one KL term."""
+    """The ranges of time steps, `end` excluded, from each of which `variational_bound` takes one KL term.
+
+    They double in length, for the terms are largest and change fastest where t is small.
+    """
     if exact:
         return [(t, t + 1) for t in range(1, steps)]
     starts = [2**k for k in range(steps.bit_length()) if 2**k < steps]
@@ -152,7 +155,7 @@ def kl_ranges(steps: int, exact: bool) -> list[tuple[int, int]]:
 
 def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     """KL of q(x_T | x0) from the standard normal distribution, in nats, float64 (B,). x0: (B, C, H, W)."""
-    last = schedule.alpha_bar[-1].cpu().double()  # in this order, for not every GPU has float64
+    last = schedule.alpha_bar[-1].cpu().double()  # to the CPU first: not every GPU has float64
     kl = (last * x0.cpu().double().square() - last - torch.log1p(-last)) / 2
     return kl.sum(dim=(1, 2, 3))
 
@@ -169,7 +172,7 @@ def kl_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, t: Tenso
     """
     xt = schedule.add_noise(x0, t, noise)
     mean, variance = schedule.posterior(x0, xt, t)
-    model_mean, _ = schedule.posterior(_clipped_x0(model, schedule, xt, t), xt, t)
+    model_mean, _ = schedule.posterior(clipped_x0(model, schedule, xt, t), xt, t)
     return ((mean - model_mean).square() / (2 * variance)).sum(dim=(1, 2, 3)).cpu().double()
 
 
@@ -185,8 +188,8 @@ def decoder_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, noi
     """
     t = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
     xt = schedule.add_noise(x0, t, noise)
-    _, variance = schedule.posterior(x0, xt, t + 1)
-    mean = _clipped_x0(model, schedule, xt, t)
+    _, variance = schedule.posterior(x0, xt, t + 1)  # for at t = 0 it is 0; the posterior's mean there is x0 itself
+    mean = clipped_x0(model, schedule, xt, t)
     x0, mean, deviation = (x.cpu().double() for x in (x0, mean, variance.sqrt()))
     lower = torch.where(x0 < -1 + LEVEL / 2, -math.inf, (x0 - LEVEL / 2 - mean) / deviation)
     upper = torch.where(x0 > 1 - LEVEL / 2, math.inf, (x0 + LEVEL / 2 - mean) / deviation)
@@ -198,12 +201,8 @@ def mean_over_images(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
-def _clipped_x0(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, t: Tensor) -> Tensor:
-    return schedule.estimate_x0(xt, t, model(xt, t)).clamp(-1, 1)
-
-
 def _log_normal_mass(lower: Tensor, upper: Tensor) -> Tensor:
-    """Log of the standard normal mass between two bounds; not by subtracting numbers near 1."""
+    """Log of the standard normal mass between two bounds, mirrored to where log_ndtr is accurate: below 0."""
     mirrored = lower > 0
     lower, upper = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
     return log_ndtr(upper) + torch.log1p(-torch.exp(log_ndtr(lower) - log_ndtr(upper)))

@@ -14,19 +14,19 @@ from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
 
 @dataclass
 class TrainingOptions:
-    """What decides the weights that a training ends with, beside the model and the images."""
+    """Everything besides the model and the images that decides the trained weights."""
 
     epochs: int = 120
     batch_size: int = 128
     lr: float = 1e-3
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # an upper limit, which trainings of fewer than 90,000 steps do not reach
     hflip: bool = False
     seed: int = 0
 
 
 @dataclass
 class Progress:
-    """How far a training has come."""
+    """How far a training has got."""
 
     step: int = 0  # gradient steps made
     epoch: int = 0  # epochs completed
@@ -39,7 +39,7 @@ class Trainer:
     Args:
         model: maps x_t (B, 3, 32, 32) and t (B,) to the noise in x_t; trained on the device where it lies.
         options: see TrainingOptions.
-        progress: where to count; by default a new training begins.
+        progress: counters to go on from; by default a new training begins.
     """
 
     def __init__(self, model: nn.Module, options: TrainingOptions, progress: Progress | None = None):
@@ -50,7 +50,7 @@ class Trainer:
         self.schedule = NoiseSchedule().to(self.device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
         self.ema = AveragedWeights(model, options.ema_decay)
-        self.predict_noise: NoisePredictor = model
+        self.predict_noise: NoisePredictor = model  # what the loss calls; whoever wraps the model puts the wrapper here
 
     def steps(self, images: Tensor) -> Iterator[Tensor]:
         """Goes on training until the epochs are done, and yields each step's loss, a scalar.
@@ -64,13 +64,13 @@ class Trainer:
             for batch, weight in batches:
                 loss = self.step(batch, weight)
                 progress.step += 1
-                progress.seen = min(progress.seen + options.batch_size, len(images))
-                if progress.seen == len(images):
+                progress.seen += options.batch_size
+                if progress.seen >= len(images):
                     progress.epoch, progress.seen = progress.epoch + 1, 0
-                yield loss
+                yield loss  # with everything counted: a training that is saved here goes on from here
 
     def step(self, images: Tensor, weight: Tensor) -> Tensor:
-        """One round of Algorithm 1: draw images, time steps and noise; make a gradient step; average the weights.
+        """One round of Algorithm 1 on a batch: draw time steps and noise; make a gradient step; average the weights.
 
         Args:
             images: uint8 (B, 3, 32, 32).
@@ -104,8 +104,9 @@ class Trainer:
 class AveragedWeights:
     """An exponential moving average of a model's weights, to be updated after every step.
 
-    After n updates it decays by (1 + n) / (10 + n), `decay` at most: it spans about the last tenth of the training so
-    far, so that the random start is soon forgotten and a short training profits too. Buffers are copied.
+    After n updates the old average keeps the share (1 + n) / (10 + n), `decay` at most, and nothing at n = 0: it spans
+    about the last tenth of the training so far, so that the random start is soon forgotten and a short training profits
+    too. Buffers are copied.
 
     torch's AveragedModel walks through all modules at every update, which takes milliseconds, and makes a GPU wait.
     """
