@@ -81,6 +81,8 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
         group.add_argument("--num_heads", type=int, default=1)
         group.add_argument("--dropout", type=float)
         group.add_argument("--sizes", type=int, nargs="*", default=[])
+        group.add_argument("-d", "--deeper", action="count", default=0)
+        group.add_argument("--causal", action="store_const", const="causal", default="full")
 
     built: list[dict[str, Any]] = []
 
@@ -89,8 +91,9 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
         return Tiny()
 
     stage = Stage(str(tmp_path / "part_h.py"), "Part H.", build_model, [add_options])
-    options = ("--wide", "--no-gated", "--num_heads", 2, "--dropout", 0.1, "--sizes", 3, 4)
-    asked = {"wide": True, "gated": False, "num_heads": 2, "dropout": 0.1, "sizes": [3, 4]}
+    options = ("--wide", "--no-gated", "--num_heads", 2, "--dropout", 0.1, "--sizes", 3, 4, "-dd", "--causal")
+    asked = {"wide": True, "gated": False, "num_heads": 2, "dropout": 0.1, "sizes": [3, 4], "deeper": 2}
+    asked["causal"] = "causal"
     command = run(stage, "run")
     assert command("train", *options, "--dataset", "shapes", "--batch-size", 4, "--max-steps", 1) == 0
     assert command("train", "--resume", "--max-steps", 2) == 0
@@ -102,14 +105,25 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
     assert "argument --gated: True contradicts" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"type": Path, "default": Path("a.csv")}, ()),  # torch.load refuses it
+        ({"type": lambda word: int(word) / 100}, ("--table", "5")),  # typed again, it would be another value
+    ],
+)
 def test_an_option_that_a_checkpoint_cannot_carry_is_told_before_training(
-    tmp_path: Path, run: Callable[[Stage, str], Run], capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any],
+    words: tuple[str, ...],
+    tmp_path: Path,
+    run: Callable[[Stage, str], Run],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def add_options(group: OptionGroup) -> None:
-        group.add_argument("--table", type=Path, default=Path("a.csv"))
+        group.add_argument("--table", **settings)
 
     stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny(), [add_options])
-    assert run(stage, "run")("train", "--dataset", "shapes") == 2
+    assert run(stage, "run")("train", "--dataset", "shapes", *words) == 2
     assert "argument --table: a checkpoint cannot carry" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 

@@ -13,7 +13,14 @@ from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
 from common.run.device import compile_model, pick_device, use_bf16
 from common.run.errors import UsageError, UserError
-from common.run.options import Stage, check_saved_training_options, flag, model_defaults, saved_model_options
+from common.run.options import (
+    Stage,
+    check_saved_training_options,
+    could_be_saved,
+    flag,
+    model_defaults,
+    saved_model_options,
+)
 
 MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
@@ -42,7 +49,7 @@ def choose_model_options(
     asked = {name: getattr(options, name) for name in model_defaults(stage)}
     if saved is None:
         for name, value in asked.items():
-            if not checkpoint.survives(value):
+            if not (checkpoint.survives(value) and could_be_saved(stage, name, value)):
                 raise UsageError(
                     f"argument {flag(name)}: a checkpoint cannot carry {value!r}; make it a number or a text"
                 )

@@ -130,6 +130,15 @@ def saved_model_options(stage: Stage, saved: dict[str, Any]) -> dict[str, Any]:
     return {name: saved.get(name, action.default) for name, action in actions.items()}
 
 
+def could_be_saved(stage: Stage, name: str, value: Any) -> bool:
+    """Whether a checkpoint with this value of a model option would be accepted again."""
+    try:
+        saved_model_options(stage, {name: value})
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        return False
+    return True
+
+
 def check_saved_training_options(stage: Stage, saved: dict[str, Any]) -> None:
     """Makes sure that the training options of a checkpoint could have come from the command line.
 
@@ -156,8 +165,8 @@ def _could_be_typed(action: argparse.Action, value: Any) -> bool:
     """Whether the command line could give an option that value."""
     if value == action.default:
         return True
-    if action.nargs == 0:  # a flag
-        return isinstance(value, bool)
+    if action.nargs == 0:  # a flag, a count or a constant
+        return isinstance(value, (bool, int)) or value == action.const
     if isinstance(value, list) != (action.nargs is not None):
         return False
     convert = action.type if callable(action.type) else str
