@@ -49,8 +49,8 @@ from common.run.device import (
     use_bf16,
 )
 from common.run.errors import UserError
-from common.run.loop import Run
 from common.run.options import whole_number
+from common.run.trainer import Run
 
 STAGES = {
     "A": "part_a_cifar",

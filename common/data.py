@@ -17,19 +17,19 @@ def shuffled_batches(
         start: how many images of that order have been used already, a multiple of batch_size, to go on in the middle.
 
     Yields:
-        images (batch_size, ...) and each one's weight in the batch's mean loss, float32 (batch_size,), which sum to 1.
-        Copies of its first image, with weight 0, fill up the last batch: code that is made for one shape runs all.
+        images (batch_size, ...) and what each of them counts in the batch's mean loss, float32 (batch_size,), 1 in all.
+        The last batch is filled up with copies of its first image that count nothing, so that all have one shape.
     """
     order = torch.randperm(len(images), generator=random_generator("cpu", seed, "order", epoch))
     for index in order[start:].to(images.device).split(batch_size):
-        weight = torch.full((batch_size,), 1 / len(index), device=images.device)
-        weight[len(index) :] = 0
-        yield images[torch.cat([index, index[:1].expand(batch_size - len(index))])], weight
+        loss_weight = torch.full((batch_size,), 1 / len(index), device=images.device)
+        loss_weight[len(index) :] = 0
+        yield images[torch.cat([index, index[:1].expand(batch_size - len(index))])], loss_weight
 
 
-def random_hflip(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_hflip(images: Tensor) -> Tensor:
     """Flips images (B, C, H, W) left-right with probability 1/2, each by a coin of its own."""
-    coins = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+    coins = torch.rand(len(images), 1, 1, 1, device=images.device)
     return torch.where(coins < 0.5, images.flip(-1), images)
 
 
@@ -44,14 +44,14 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def random_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
-    """A generator on `device` whose draws depend on nothing but the arguments.
-
-    Every step of a run has one of its own, so a run that goes on after an interruption draws what it would have drawn.
-    """
+    """A generator on `device` whose draws depend on nothing but the arguments."""
     return torch.Generator(device).manual_seed(random_seed(seed, purpose, index))
 
 
 def random_seed(seed: int, purpose: str, index: int) -> int:
-    """A seed of 64 bits that depends on nothing but the arguments."""
+    """A seed of 64 bits that depends on nothing but the arguments.
+
+    Every step of a training has one of its own, so that one that was interrupted draws what it would have drawn.
+    """
     entropy = [seed, int.from_bytes(purpose.encode(), "big"), index]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

@@ -21,6 +21,7 @@ class NoiseSchedule(nn.Module):
     Args:
         steps: T, the number of noising steps.
         beta_start, beta_end: variance of the noise that the first and the last step add, linear between.
+        beta: the variances of all steps instead, float64 (steps,).
     """
 
     beta: Tensor  # variance of the noise that step t adds
@@ -33,12 +34,10 @@ class NoiseSchedule(nn.Module):
     _posterior_xt_scale: Tensor
     _posterior_variance: Tensor
 
-    def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
+    def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, beta: Tensor | None = None):
         super().__init__()
-        self._set_beta(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64))
-
-    def _set_beta(self, beta: Tensor) -> None:
-        """Everything follows from beta, float64 (steps,)."""
+        if beta is None:
+            beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
         self.steps = len(beta)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
@@ -68,9 +67,7 @@ class NoiseSchedule(nn.Module):
             times: ascending, each from 0 to steps - 1.
         """
         alpha_bar = self._exact_alpha_bar[list(times)]
-        strided = NoiseSchedule(len(times))
-        strided._set_beta(1 - alpha_bar / _shifted(alpha_bar))
-        return strided.to(self.beta.device)
+        return NoiseSchedule(beta=1 - alpha_bar / _shifted(alpha_bar)).to(self.beta.device)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t drawn from q(x_t | x0) in one go (eq. 4), with the standard normal `noise` (B, C, H, W)."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common.data import random_generator, random_hflip, shuffled_batches, to_float
+from common.data import random_hflip, random_seed, shuffled_batches, to_float
 from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
 
 
@@ -18,7 +18,7 @@ class TrainingOptions:
 
     epochs: int = 120
     batch_size: int = 128
-    lr: float = 1e-3
+    lr: float = 1e-3  # constant; DDPM's network of 36 million weights was trained with 2e-4
     ema_decay: float = 0.9999  # an upper limit, which trainings of fewer than 90,000 steps do not reach
     hflip: bool = False
     seed: int = 0
@@ -50,10 +50,10 @@ class Trainer:
         self.schedule = NoiseSchedule().to(self.device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
         self.ema = AveragedWeights(model, options.ema_decay)
-        self.predict_noise: NoisePredictor = model  # what the loss calls; whoever wraps the model puts the wrapper here
+        self.predict_noise: NoisePredictor = model  # a wrapper of the model may take its place
 
     def steps(self, images: Tensor) -> Iterator[Tensor]:
-        """Goes on training until the epochs are done, and yields each step's loss, a scalar.
+        """Algorithm 1: trains until the epochs are done, and yields the mean loss of every step's batch, a scalar.
 
         Args:
             images: uint8 (N, 3, 32, 32), on the trainer's device.
@@ -61,40 +61,31 @@ class Trainer:
         options, progress = self.options, self.progress
         while progress.epoch < options.epochs:
             batches = shuffled_batches(images, options.batch_size, options.seed, progress.epoch, progress.seen)
-            for batch, weight in batches:
-                loss = self.step(batch, weight)
+            for batch, loss_weight in batches:
+                torch.manual_seed(random_seed(options.seed, "step", progress.step))  # of all that the step draws
+                x0 = self.augment(batch)
+                t = torch.randint(self.schedule.steps, (len(x0),), device=self.device)
+                noise = torch.randn_like(x0)
+                loss = self.gradient_step(x0, t, noise, loss_weight)
+                self.ema.update(progress.step)
                 progress.step += 1
-                progress.seen += options.batch_size
+                progress.seen += len(batch)
                 if progress.seen >= len(images):
                     progress.epoch, progress.seen = progress.epoch + 1, 0
                 yield loss  # with everything counted: a training that is saved here goes on from here
 
-    def step(self, images: Tensor, weight: Tensor) -> Tensor:
-        """One round of Algorithm 1 on a batch: draw time steps and noise; make a gradient step; average the weights.
+    def augment(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, 32, 32) as the model is to see them: float32 in [-1, 1], flipped by chance."""
+        x0 = to_float(images)
+        return random_hflip(x0) if self.options.hflip else x0
 
-        Args:
-            images: uint8 (B, 3, 32, 32).
-            weight: of each image in the mean loss, float32 (B,).
+    def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor, loss_weight: Tensor) -> Tensor:
+        """Brings the weights a little way down the gradient of the mean loss, in which image i counts `loss_weight[i]`.
 
         Returns:
-            That mean loss, a scalar.
+            The mean loss before the step, a scalar.
         """
-        generator = random_generator(self.device, self.options.seed, "step", self.progress.step)
-        x0 = self.augment(images, generator)
-        t = torch.randint(self.schedule.steps, (len(x0),), generator=generator, device=self.device)
-        noise = torch.randn(x0.shape, generator=generator, device=self.device)
-        loss = self.update(x0, t, noise, weight)
-        self.ema.update(self.progress.step)
-        return loss
-
-    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 images (B, 3, 32, 32) as the model sees them: float32 in [-1, 1], flipped by chance if so asked."""
-        x0 = to_float(images)
-        return random_hflip(x0, generator) if self.options.hflip else x0
-
-    def update(self, x0: Tensor, t: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-        """The gradient step, line 5 of Algorithm 1. Returns the mean loss before it."""
-        loss = (diffusion_loss(self.predict_noise, self.schedule, x0, t, noise) * weight).sum()
+        loss = (diffusion_loss(self.predict_noise, self.schedule, x0, t, noise) * loss_weight).sum()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -18,8 +18,9 @@ from benchmarks.mean_colour import errors_by_range
 from benchmarks.throughput import flops_per_image
 from common.run import checkpoint
 from common.run.checkpoint import RunOptions
-from common.run.loop import Run, train
+from common.run.loop import train
 from common.run.pictures import save_grid
+from common.run.trainer import Run
 from tests.tiny_run import Tiny
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.run import checkpoint
 from common.run.checkpoint import Checkpoint, RunOptions, atomic_write
 from common.run.errors import UserError
-from common.run.loop import Run
+from common.run.trainer import Run
 from part_a_cifar import Model
 from tests.conftest import ROOT, Attack, run_stage
 

@@ -16,7 +16,7 @@ from common.run import checkpoint
 from common.run.checkpoint import RunOptions
 from common.run.device import GraphedFunction, compile_model, compiles_training, pick_device, use_bf16
 from common.run.errors import UsageError
-from common.run.loop import Run
+from common.run.trainer import Run
 from part_a_cifar import Model
 from tests.conftest import ROOT, STAGES
 
@@ -124,12 +124,12 @@ def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> Non
         if compile and recorded:
             compile_model(trainer.model, 8, bf16, training=True)
             assert counters["stats"]["unique_graphs"] == 1
-        update = trainer.update
-        assert isinstance(update, GraphedFunction)
+        gradient_step = trainer.gradient_step
+        assert isinstance(gradient_step, GraphedFunction)
         if not recorded:
-            trainer.update = update.function  # type: ignore[method-assign]
+            trainer.gradient_step = gradient_step.function  # type: ignore[method-assign]
         losses.append(torch.stack([loss.clone() for loss in trainer.steps(images)]).mean().item())
-        assert (update.graph is not None) == recorded
+        assert (gradient_step.graph is not None) == recorded
         assert counters["stats"]["unique_graphs"] == (compile and recorded)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 

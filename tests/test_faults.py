@@ -262,10 +262,10 @@ def test_a_run_folder_that_vanishes_is_an_error(tmp_path: Path, monkeypatch: pyt
     before = tiny_run_until(4, run_dir)
     trainer = tiny_run.make_trainer()
     trainer.restore(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE), run_dir / "checkpoint.pt")
-    step = trainer.step
+    gradient_step = trainer.gradient_step
 
-    def step_then_vanish(images: Tensor, weight: Tensor) -> Tensor:
-        loss = step(images, weight)
+    def step_then_vanish(*arguments: Tensor) -> Tensor:
+        loss = gradient_step(*arguments)
         if trainer.progress.step == 4:  # this was the fifth
             if fate == "moved":
                 run_dir.rename(tmp_path / "elsewhere")
@@ -273,7 +273,7 @@ def test_a_run_folder_that_vanishes_is_an_error(tmp_path: Path, monkeypatch: pyt
                 shutil.rmtree(run_dir)
         return loss
 
-    monkeypatch.setattr(trainer, "step", step_then_vanish)
+    monkeypatch.setattr(trainer, "gradient_step", step_then_vanish)
     with pytest.raises(UserError, match=os.strerror(errno.ENOENT)) as error:
         train(trainer, tiny_run.make_images(), tiny_run.make_images(), run_dir, sample_every=0)
     assert str(run_dir) in str(error.value)

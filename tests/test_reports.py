@@ -110,9 +110,9 @@ def test_what_only_tells_of_a_run_never_ends_it(
     if what == "write_log":
         (tmp_path / "log.csv").unlink()
         (tmp_path / "log.csv").mkdir()  # which no file can replace
-        monkeypatch.setattr("common.run.loop._begin", lambda *arguments: None)
+        monkeypatch.setattr("common.run.report.Reporter.begin", lambda self: None)
     else:
-        monkeypatch.setattr(f"common.run.loop.{what}", fail)
+        monkeypatch.setattr(f"common.run.report.{what}", fail)
     train(trainer, images, images, tmp_path, sample_every=1)
     assert checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)["progress"]["epoch"] == 2
     assert "warning: going on without: " in capsys.readouterr().err

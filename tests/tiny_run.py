@@ -15,7 +15,8 @@ from tqdm import tqdm
 from common.run import checkpoint
 from common.run.checkpoint import RunOptions
 from common.run.folder import locked
-from common.run.loop import Run, train
+from common.run.loop import train
+from common.run.trainer import Run
 
 STAGE = "tiny"
 EPOCHS = 60  # of three steps and three checkpoints each
@@ -59,15 +60,15 @@ def run(run_dir: Path, started: Any = None, death: tuple[str, str, int] | None =
         path = run_dir / "checkpoint.pt"
         if path.exists():
             trainer.restore(checkpoint.load(path, STAGE), path)
-        step, first = trainer.step, trainer.progress.step
+        gradient_step, first = trainer.gradient_step, trainer.progress.step
 
-        def step_and_note(images: Tensor, weight: Tensor) -> Tensor:
-            loss = step(images, weight)
+        def step_and_note(*arguments: Tensor) -> Tensor:
+            loss = gradient_step(*arguments)
             if started and trainer.progress.step == first:
                 started.send("started")
             return loss
 
-        trainer.step = step_and_note  # type: ignore[method-assign]
+        trainer.gradient_step = step_and_note  # type: ignore[method-assign, assignment]
         train(trainer, make_images(), make_images(), run_dir, sample_every=0, checkpoint_every=1)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from common.run import distributed
 from common.run.checkpoint import RunOptions
 from common.run.evaluate import measure_bound, measure_losses
-from common.run.loop import Run, train
+from common.run.loop import train
+from common.run.trainer import Run
 from part_a_cifar import Model
 
 

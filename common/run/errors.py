@@ -33,6 +33,11 @@ def warn(message: str) -> None:
         print(f"warning: {' '.join(message.split())[:1000]}", file=sys.stderr)
 
 
+def counted(number: int, noun: str) -> str:
+    """For example "1 epoch", "5 epochs"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def say(message: str) -> None:
     """Writes a line to stdout. That its reader has left, as in `train | head -1`, is no reason to stop working."""
     try:

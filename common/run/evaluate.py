@@ -27,7 +27,7 @@ from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.datasets import load_images
 from common.run.device import noise_predictor
-from common.run.errors import UserError, say
+from common.run.errors import UserError, counted, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
 from common.run.pictures import check_outputs
@@ -104,8 +104,9 @@ def _table(report: Report) -> str:
     rows += [(f"bits/dim ({bits['images']:,} images)", bits["total"])]
     rows += [(f"bits/dim, {name}", bits[name]) for name in ("prior", "kl", "decoder")]
     lines = [
-        "{stage}: {weights} weights after {epochs} epochs, {steps} steps of training; {dataset}; {device} in "
-        "{precision}; seed {seed}".format(**report),
+        f"{report['stage']}: {report['weights']} weights after {counted(report['epochs'], 'epoch')}, "
+        f"{counted(report['steps'], 'step')} of training; "
+        + "{dataset}; {device} in {precision}; seed {seed}".format(**report),
         "| | mean | standard error |",
         "|---|---|---|",
         *(f"| {name} | {estimate['mean']:.5f} | {estimate['standard_error']:.5f} |" for name, estimate in rows),

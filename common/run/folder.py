@@ -90,18 +90,14 @@ def write_log(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.write(text.getvalue().encode())
 
 
-def plot_losses(run_dir: Path) -> bool:
-    """Draws loss.png from log.csv: the training loss and the held-out one against the epoch.
-
-    Returns:
-        False if matplotlib, which draws it, is not installed.
-    """
+def plot_losses(run_dir: Path) -> None:
+    """Draws loss.png from log.csv, the training loss and the held-out one by epoch, where matplotlib is installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, ScalarFormatter
     except ImportError:
-        return False
+        return
     with open(run_dir / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
@@ -119,4 +115,3 @@ def plot_losses(run_dir: Path) -> bool:
     FigureCanvasAgg(figure)
     with atomic_write(run_dir / "loss.png") as file:
         figure.savefig(file, format="png")
-    return True

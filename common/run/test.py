@@ -9,7 +9,7 @@ from tqdm import tqdm
 from common.diffusion import NoiseSchedule
 from common.run import distributed
 from common.run.device import noise_predictor
-from common.run.errors import UsageError, say
+from common.run.errors import UsageError, counted, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
 from common.run.pictures import (
@@ -52,8 +52,9 @@ def test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
         if options.trajectory:
             save_trajectory(strip_frames, options.trajectory)
         say(
-            f"{output}: {len(images)} images by {options.sampler} in {steps} steps, {options.weights} weights "
-            f"after {trained.epochs} epochs, {trained.steps} steps of training"
+            f"{output}: {counted(len(images), 'image')} by {options.sampler} in {counted(steps, 'step')}, "
+            f"{options.weights} weights after {counted(trained.epochs, 'epoch')}, {counted(trained.steps, 'step')} of "
+            "training"
         )
     return 0
 

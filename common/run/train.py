@@ -12,61 +12,58 @@ from common.run import checkpoint, distributed, loop
 from common.run.checkpoint import Checkpoint, RunOptions
 from common.run.datasets import load_images
 from common.run.device import compile_model, compiles_training, pick_device, use_bf16
-from common.run.errors import UsageError, say
+from common.run.errors import UsageError, counted, say
 from common.run.folder import RUN_FILES, is_run_folder, locked, remove_run
-from common.run.loop import Run
 from common.run.models import build_model, choose_model_options, refuse_contradictions, shipped_weights
 from common.run.options import Stage, flag
+from common.run.trainer import Run
 
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
 
 
 def train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     """Trains a stage. Returns the exit status."""
+    run_dir: Path = options.run_dir
+    is_first = distributed.RANK == 0
     device = pick_device(options.device)
     with ExitStack() as held:
-        distributed.on_first(lambda: _refuse_what_is_not_ours(stage, options.run_dir))
-        distributed.on_first(lambda: held.enter_context(locked(options.run_dir)))
-        return _train_in_locked_folder(stage, options, typed, device)
-
-
-def _train_in_locked_folder(stage: Stage, options: argparse.Namespace, typed: set[str], device: torch.device) -> int:
-    path = options.run_dir / "checkpoint.pt"
-    is_first = distributed.RANK == 0
-    run = _make_run(stage, options, typed, device, path)
-    with distributed.first_of_machine_first():
-        images, held_out = (
-            load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
-            for train in (True, False)
+        distributed.on_first(lambda: _refuse_what_is_not_ours(stage, run_dir))
+        distributed.on_first(lambda: held.enter_context(locked(run_dir)))
+        run = _make_run(stage, options, typed, device)
+        with distributed.first_of_machine_first():
+            images, held_out = (
+                load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
+                for train in (True, False)
+            )
+        if is_first:
+            _announce(run, len(images), run_dir)
+        if compiles_training(options.compile, device, run.bf16):
+            compile_model(run.model, run.options.batch_size // distributed.WORLD_SIZE, run.bf16, training=True)
+        if is_first and options.overwrite:
+            remove_run(run_dir)
+        received = loop.train(
+            run,
+            images,
+            held_out,
+            run_dir,
+            max_steps=options.max_steps,
+            sample_every=options.sample_every,
+            checkpoint_every=options.checkpoint_every,
         )
     if is_first:
-        _announce(run, len(images), options.run_dir)
-    if compiles_training(options.compile, device, run.bf16):
-        compile_model(run.model, run.options.batch_size // distributed.WORLD_SIZE, run.bf16, training=True)
-    if is_first and options.overwrite:
-        remove_run(options.run_dir)
-    received = loop.train(
-        run,
-        images,
-        held_out,
-        options.run_dir,
-        max_steps=options.max_steps,
-        sample_every=options.sample_every,
-        checkpoint_every=options.checkpoint_every,
-    )
-    progress = run.progress
-    finished = progress.epoch >= run.options.epochs
-    if is_first:
-        done = f"{path}: {progress.epoch} of {run.options.epochs} epochs done, {progress.step} steps"
-        if progress.seen:
-            done += f", train loss {run.mean_loss():.4f} in the epoch under way"
-        command = _next_command(stage, options, typed, finished)
-        say(f"{done}; {'draw pictures' if finished else 'go on'} with: {command}")
+        progress, epochs = run.progress, run.options.epochs
+        under_way = f", train loss {run.mean_loss():.4f} in the epoch under way" if progress.seen else ""
+        steps = counted(progress.step, "step")
+        say(f"{run_dir / 'checkpoint.pt'}: {progress.epoch} of {counted(epochs, 'epoch')} done, {steps}{under_way}")
+        is_finished = progress.epoch >= epochs
+        verb = "draw pictures" if is_finished else "go on"
+        say(f"{verb} with: {_next_command(stage, options, typed, is_finished)}")
     return 128 + received if received else 0
 
 
-def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device: torch.device, path: Path) -> Run:
+def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device: torch.device) -> Run:
     """The run to train: the one in the run folder if --resume says so, or a new one."""
+    path = options.run_dir / "checkpoint.pt"
     saved = distributed.on_first(lambda: _find_run(stage, options, path))
     source, weights = path, saved
     if options.pretrained and not saved:
@@ -131,17 +128,17 @@ def _announce(run: Run, num_images: int, run_dir: Path) -> None:
     say(
         f"{run.stage}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
         f"{num_images:,} images of {run.options.dataset}; {where}; "
-        f"{run.options.epochs} epochs, {run.progress.epoch} done; {run_dir}"
+        f"{counted(run.options.epochs, 'epoch')}, {run.progress.epoch} done; {run_dir}"
     )
 
 
-def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], finished: bool) -> str:
+def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], is_finished: bool) -> str:
     """What to type after `train`: with those of the typed options that the checkpoint does not carry."""
-    if distributed.WORLD_SIZE > 1 and not finished:
+    if distributed.WORLD_SIZE > 1 and not is_finished:
         return "the same torchrun command, and --resume"
-    words = ["python", stage.script, *(["test"] if finished else ["train", "--resume"])]
+    words = ["python", stage.script, *(["test"] if is_finished else ["train", "--resume"])]
     names = ["run_dir", "device"]
-    if not finished:
+    if not is_finished:
         names += ["data_dir", "data_url", "compile", "sample_every", "checkpoint_every"]
     for name in names:
         value = getattr(options, name)

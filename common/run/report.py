@@ -1,0 +1,128 @@
+"""What a training shows of itself: the bar, a line now and then, log.csv, loss.png, grids of samples."""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.data import random_seed, shuffled_batches, to_uint8
+from common.run import distributed
+from common.run.device import noise_predictor
+from common.run.errors import only_telling
+from common.run.folder import plot_losses, write_log
+from common.run.pictures import sample_images, save_grid
+from common.run.trainer import Run
+
+GRID_IMAGES = 64
+GRID_STEPS = 50  # of the DDPM sampler: DDIM's fifty draw loud colours and grain while the model is young
+LINE_EVERY = 60.0  # seconds between two lines within an epoch, where stderr is no terminal
+PLOT_EVERY = 30.0  # seconds at least between two drawings of the loss curve
+
+
+class Reporter:
+    """Shows how a run gets on. Nothing of it decides the weights, or ends a run that has begun.
+
+    Args:
+        images: the training images, uint8 (N, 3, 32, 32).
+        run_dir: the run folder.
+        sample_every: epochs between two grids of samples; 0 draws none.
+        max_steps: optimiser steps after which the run will stop, if it is to.
+    """
+
+    def __init__(self, run: Run, images: Tensor, run_dir: Path, sample_every: int, max_steps: int | None):
+        self.run = run
+        self.images = images
+        self.run_dir = run_dir
+        self.sample_every = sample_every
+        self.total = run.options.epochs * len(images)
+        if max_steps is not None:
+            self.total = min(self.total, max_steps * run.options.batch_size)
+        hide = None if distributed.RANK == 0 and sys.stderr else True  # None: where stderr is no terminal
+        self.bar = tqdm(total=self.total, initial=self._seen(), unit=" images", disable=hide)
+        self.shown = time.perf_counter()
+        self.plotted = -math.inf
+
+    def begin(self) -> None:
+        """Puts into the run folder what a new run begins with, or what an interruption has left out.
+
+        Raises:
+            OSError, UserError: it cannot be written to; here it is found out before any work.
+        """
+        (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        if self.run.progress.step == 0:
+            self._save_data_grid()
+        write_log(self.run_dir, self.run.progress.log)
+        if self.run.progress.seen == 0:
+            with only_telling():
+                self._save_sample_grid(again=False)
+
+    def tell(self, is_over: bool, in_haste: bool) -> None:
+        """Shows what has come of a step.
+
+        Args:
+            is_over: whether it was the last one.
+            in_haste: draw no samples.
+        """
+        log = self.run.progress.log
+        epoch_is_complete = self.run.progress.seen == 0
+        with only_telling():
+            self._show()
+        if epoch_is_complete:
+            with only_telling():
+                self.bar.write(self._epoch_line(), file=sys.stderr)
+            with only_telling():
+                write_log(self.run_dir, log)
+        if log and (is_over or (epoch_is_complete and time.perf_counter() - self.plotted > PLOT_EVERY)):
+            self.plotted = time.perf_counter()
+            with only_telling():
+                plot_losses(self.run_dir)
+        if epoch_is_complete and not in_haste:
+            with only_telling():
+                self._save_sample_grid()
+
+    def _seen(self) -> int:
+        """Images seen so far, in all epochs."""
+        return self.run.progress.epoch * len(self.images) + self.run.progress.seen
+
+    def _show(self) -> None:
+        """Moves the bar; where there is none, writes a line every minute."""
+        progress, epochs = self.run.progress, self.run.options.epochs
+        self.bar.update(self._seen() - self.bar.n)
+        self.bar.set_description(f"epoch {progress.epoch + (progress.seen > 0)}/{epochs}", refresh=False)
+        if not progress.seen or time.perf_counter() - self.shown < (LINE_EVERY if self.bar.disable else 1):
+            return
+        self.shown = time.perf_counter()
+        loss, speed = self.run.mean_loss(), progress.seen / progress.seconds
+        if self.bar.disable:
+            left = tqdm.format_interval((self.total - self._seen()) / speed)
+            line = f"{progress.seen:,} of {len(self.images):,} images, train loss {loss:.4f}, {speed:.0f} images/s"
+            print(f"epoch {progress.epoch + 1}/{epochs}: {line}, {left} left", file=sys.stderr)
+        else:
+            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+    def _epoch_line(self) -> str:
+        row = self.run.progress.log[-1]
+        return (
+            f"epoch {row['epoch']}/{self.run.options.epochs}: step {row['step']}, train loss {row['train_loss']:.4f}, "
+            f"held-out loss {row['held_out_loss']:.4f}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
+        )
+
+    def _save_data_grid(self) -> None:
+        """Writes training images as the model sees them."""
+        seed = self.run.options.seed
+        batch, loss_weight = next(shuffled_batches(self.images, GRID_IMAGES, seed, epoch=0))
+        torch.manual_seed(random_seed(seed, "data grid", 0))
+        save_grid(to_uint8(self.run.augment(batch[loss_weight > 0])).cpu(), self.run_dir / "samples" / "data.png")
+
+    def _save_sample_grid(self, again: bool = True) -> None:
+        """Writes what the averaged weights draw, if it is its turn, from the same starting noise every time."""
+        run, epoch = self.run, self.run.progress.epoch
+        path = self.run_dir / "samples" / f"epoch-{epoch:04d}.png"
+        is_due = epoch and self.sample_every and (epoch % self.sample_every == 0 or epoch == run.options.epochs)
+        if is_due and (again or not path.exists()):
+            model = noise_predictor(run.ema.module, run.bf16)
+            save_grid(sample_images(model, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed), path)

@@ -1,0 +1,147 @@
+"""A training that uses the machine, can be saved and goes on."""
+
+import math
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.diffusion import diffusion_loss
+from common.run import checkpoint, distributed
+from common.run.checkpoint import LOG_COLUMNS, Checkpoint, RunOptions, RunProgress
+from common.run.device import GraphedFunction, in_precision, noise_predictor
+from common.run.errors import UserError
+from common.training import Trainer
+
+
+class Run(Trainer):
+    """A Trainer that uses the machine, and all that has to be saved for it to go on.
+
+    Of several processes, each has a Run. They draw the same numbers, take a share of each batch each, and add up their
+    gradients, so that their weights stay the same.
+
+    Args:
+        stage: name of the script, for the checkpoint.
+        model_options: the stage's model options, for the checkpoint.
+        model: as for Trainer. Before the first step, `device.compile_model` may compile it.
+        options: see RunOptions. The number of processes must divide the batch size.
+        bf16: run the model under bfloat16 autocast.
+    """
+
+    options: RunOptions
+    progress: RunProgress
+
+    def __init__(
+        self, stage: str, model_options: dict[str, Any], model: nn.Module, options: RunOptions, bf16: bool = False
+    ):
+        super().__init__(model, options, RunProgress())
+        self.stage = stage
+        self.model_options = model_options
+        self.bf16 = bf16
+        self.predict_noise = in_precision(distributed.parallel(model), bf16)
+        self.predict_averaged = noise_predictor(self.ema.module, bf16)
+        # These are read rarely: each reading makes a GPU wait.
+        self._loss_sum = torch.zeros((), device=self.device)  # of the images seen in the epoch under way
+        self._all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._finite_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # before the first that was not
+        if self.device.type == "cuda" and distributed.WORLD_SIZE == 1:
+            self.optimizer.param_groups[0]["capturable"] = True
+            # Adam warns of the first steps, which are not captured.
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            self.gradient_step = GraphedFunction(self.gradient_step)  # type: ignore[method-assign, assignment]
+
+    def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor, loss_weight: Tensor) -> Tensor:
+        """As Trainer.gradient_step, of this rank's share of the batch; adds up losses, notes whether all is finite."""
+        mine = distributed.share(len(x0))
+        # DistributedDataParallel takes the mean of the gradients over the processes, where their sum is meant.
+        loss = super().gradient_step(x0[mine], t[mine], noise[mine], loss_weight[mine] * distributed.WORLD_SIZE)
+        loss = distributed.sum_over_ranks(loss / distributed.WORLD_SIZE)
+        gradient_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self._all_finite &= loss.isfinite() & gradient_norm.isfinite()
+        self._finite_steps += self._all_finite
+        self._loss_sum += loss * (loss_weight > 0).sum()
+        return loss
+
+    def check(self) -> None:
+        """Makes sure that all losses, gradients and weights so far were finite numbers. Waits for a GPU.
+
+        Raises:
+            UserError: one was not, so the weights are worth nothing.
+        """
+        finite_steps, what = self._finite_steps.item(), "the loss or the gradient has"
+        largest = nn.utils.get_total_norm([*self.model.parameters(), *self.ema.module.parameters()], norm_type=math.inf)
+        if finite_steps == self.progress.step and not largest.isfinite():
+            finite_steps, what = self.progress.step - 1, "the weights have"
+        if finite_steps < self.progress.step:
+            raise UserError(
+                f"{what} not been finite since step {finite_steps + 1}, with --lr {self.options.lr:g}; "
+                "try a lower --lr, or --precision fp32"
+            )
+
+    def mean_loss(self) -> float:
+        """Mean loss of the images seen in the epoch under way."""
+        return self._loss_sum.item() / self.progress.seen
+
+    @torch.no_grad()
+    def held_out_loss(self, draws: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+        """Mean loss of the averaged weights.
+
+        Args:
+            draws: x0, t and noise, block by block; with several processes, each has blocks of its own.
+        """
+        total = torch.zeros(2, device=self.device)
+        for x0, t, noise in draws:
+            loss = diffusion_loss(self.predict_averaged, self.schedule, x0, t, noise)
+            total += torch.stack([loss.sum(), loss.new_tensor(len(loss))])
+        loss_sum, count = distributed.sum_over_ranks(total).tolist()
+        return loss_sum / count
+
+    def log_epoch(self, num_images: int, held_out_loss: float) -> None:
+        """Adds the row of the epoch that is complete to the log, and makes ready for the next one."""
+        progress = self.progress
+        losses = (round(self._loss_sum.item() / num_images, 6), round(held_out_loss, 6))
+        speed = (round(num_images / progress.seconds, 1), round(progress.seconds, 2))
+        progress.log.append(dict(zip(LOG_COLUMNS, (progress.epoch, progress.step, *losses, *speed))))
+        progress.seconds = 0.0
+        self._loss_sum.zero_()
+
+    def checkpoint(self) -> Checkpoint:
+        """All that `restore` needs, and the stage's model options, from which the model can be built again."""
+        self.progress.loss_sum = self._loss_sum.item()
+        moments = self.optimizer.state_dict()["state"]
+        return {
+            "format": checkpoint.FORMAT,
+            "stage": self.stage,
+            "model_options": self.model_options,
+            "training_options": asdict(self.options),
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": {n: moments.get(n) for n, _ in enumerate(self.model.parameters())},
+        }
+
+    def restore(self, saved: Checkpoint, path: Path) -> None:
+        """Goes back to where `checkpoint` was called, with this Run's own options.
+
+        Args:
+            path: where `saved` was read from.
+
+        Raises:
+            UserError: `saved` does not fit.
+        """
+        self.progress = RunProgress(**saved["progress"])
+        self._loss_sum.fill_(self.progress.loss_sum)
+        self._finite_steps.fill_(self.progress.step)
+        checkpoint.load_weights(self.model, saved["model"], path)
+        checkpoint.load_weights(self.ema.module, saved["ema"], path)
+        moments = saved["optimizer"]
+        with checkpoint.reading(path):
+            for n, parameter in enumerate(self.model.parameters()):
+                if moments[n] and any(moments[n][m].shape != parameter.shape for m in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError(f"the optimizer's state of parameter {n} has another shape")
+            state = {n: state for n, state in moments.items() if state is not None}
+            param_groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
