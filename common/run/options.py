@@ -184,14 +184,12 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
     versions = f"%(prog)s {__version__}, PyTorch {torch.__version__}"
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,test,eval}")
-    train, test, evaluate = (
-        commands.add_parser(name, help=text, formatter_class=_HelpFormatter)
-        for name, text in (
-            ("train", "train the model"),
-            ("test", "draw pictures from the trained model"),
-            ("eval", "measure the trained model on held-out images"),
-        )
-    )
+    texts = {
+        "train": "train the model",
+        "test": "sample pictures from the trained model",
+        "eval": "measure the trained model on held-out images",
+    }
+    train, test, evaluate = (commands.add_parser(n, help=texts[n], formatter_class=_HelpFormatter) for n in texts)
     for command in (train, test, evaluate):
         model, training = command.add_argument_group("model"), command.add_argument_group("training")
         for add_option in stage.model_options:
@@ -214,134 +212,82 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
 
 
 def _add_training_options(group: OptionGroup, stage: Stage) -> None:
-    new = TrainingOptions
-    group.add_argument("--epochs", type=whole_number(1), default=stage.epochs, help="passes over the training images")
-    group.add_argument(
-        "--batch-size",
-        type=whole_number(1, TRAINING_IMAGES),
-        default=new.batch_size,
-        help="images per optimiser step, of all processes together",
-    )
-    group.add_argument("--lr", type=positive_float, default=new.lr, help="Adam's learning rate")
-    group.add_argument(
-        "--ema-decay", type=_decay, default=new.ema_decay, help="of the averaged weights, ramped up to; 0: no averaging"
-    )
-    group.add_argument("--seed", type=seed, default=new.seed, help="of weights, order, time steps, noise and flips")
+    add, new = group.add_argument, TrainingOptions
+    size = whole_number(1, TRAINING_IMAGES)
+    average = "how slowly the averaged weights follow, at most: early in training they follow faster; 0: no averaging"
+    add("--epochs", type=whole_number(1), default=stage.epochs, help="passes over the training images")
+    add("--batch-size", type=size, default=new.batch_size, help="images per step, of all processes together")
+    add("--lr", type=positive_float, default=new.lr, help="Adam's learning rate")
+    add("--ema-decay", type=_decay, default=new.ema_decay, help=average)
+    add("--seed", type=seed, default=new.seed, help="of weights, order, time steps, noise and flips")
 
 
 def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
+    add = group.add_argument
     if choose:
-        group.add_argument(
-            "--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded on first use, shapes is drawn"
-        )
-    group.add_argument("--data-dir", type=path, default=Path("data"), help="folder that keeps the data set")
-    group.add_argument(
-        "--data-url", type=_url, help="another address of cifar-10-python.tar.gz (default: the official one)"
-    )
+        add("--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded, shapes drawn, on first use")
+    add("--data-dir", type=path, default=Path("data"), help="folder that keeps the data set")
+    add("--data-url", type=_url, help="another address of cifar-10-python.tar.gz (default: the official one)")
 
 
 def _add_run_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--max-steps", type=whole_number(1), help="optimiser steps to stop after, in all (default: no limit)"
-    )
-    group.add_argument(
-        "--sample-every", type=whole_number(0), default=10, help="epochs between two sample grids; 0: none"
-    )
-    group.add_argument(
-        "--checkpoint-every", type=whole_number(1), help="steps between two checkpoints (default: one epoch)"
-    )
-    exclusive = group.add_mutually_exclusive_group()
-    exclusive.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in the run folder, if there is one; options given here replace its own",
-    )
-    exclusive.add_argument("--overwrite", action="store_true", help="discard the run in the run folder")
-    group.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="begin a new run with the weights that come with the project, in assets/weights",
-    )
+    add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    go_on = "continue the run in the run folder, if there is one; options given here replace its own"
+    shipped = "begin a new run with the weights that come with the project, in assets/weights"
+    add("--max-steps", type=whole_number(1), help="optimiser steps to stop after, in all (default: no limit)")
+    add("--sample-every", type=whole_number(0), default=10, help="epochs between two sample grids; 0: none")
+    add("--checkpoint-every", type=whole_number(1), help="steps between two checkpoints (default: one epoch)")
+    add_either("--resume", action="store_true", help=go_on)
+    add_either("--overwrite", action="store_true", help="discard the run in the run folder")
+    add("--pretrained", action="store_true", help=shipped)
 
 
 def _add_test_options(group: OptionGroup) -> None:
-    group.add_argument("--num-images", type=whole_number(1, MAX_SAMPLES), default=64, help="images in the grid")
-    group.add_argument("--output", type=path, help="PNG to write (default: samples.png beside the checkpoint)")
-    group.add_argument(
-        "--film",
-        type=path,
-        metavar="PATH",
-        help="animated .webp or .gif to write: 64 of the images coming out of the noise (default: none)",
-    )
-    group.add_argument(
-        "--trajectory",
-        type=path,
-        metavar="PATH",
-        help="PNG to write: 8 of the images at ten moments, from noise to picture (default: none)",
-    )
+    add = group.add_argument
+    film = "animated .webp or .gif to write: 64 of the images coming out of the noise (default: none)"
+    strip = "PNG to write: 8 of the images at ten moments, from noise to picture (default: none)"
+    add("--num-images", type=whole_number(1, MAX_SAMPLES), default=64, help="images in the grid")
+    add("--output", type=path, help="PNG to write (default: samples.png beside the checkpoint)")
+    add("--film", type=path, metavar="PATH", help=film)
+    add("--trajectory", type=path, metavar="PATH", help=strip)
 
 
 def _add_eval_options(group: OptionGroup) -> None:
-    group.add_argument("--output", type=path, help="JSON file to write (default: eval.json beside the checkpoint)")
-    group.add_argument(
-        "--num-images",
-        type=whole_number(2, HELD_OUT_IMAGES),
-        default=1000,
-        help="held-out images whose bits per dimension are measured; the loss is measured on all 10,000",
-    )
-    group.add_argument(
-        "--exact",
-        action="store_true",
-        help="sum up all 999 KL terms of the bound for each image, instead of estimating their sum from 10",
-    )
-    group.add_argument(
-        "--fid",
-        type=whole_number(2, MAX_SAMPLES),
-        metavar="N",
-        help='Frechet inception distance of N samples from the training images; takes "torchmetrics[image]" '
-        "(default: not measured)",
-    )
+    add, images = group.add_argument, whole_number(2, HELD_OUT_IMAGES)
+    bits = "held-out images whose bits per dimension are measured; the loss is measured on all 10,000"
+    exact = "sum up all 999 KL terms of the bound for each image, instead of estimating their sum from 10"
+    fid = 'Frechet inception distance of N samples; takes "torchmetrics[image]" (default: not measured)'
+    add("--output", type=path, help="JSON file to write (default: eval.json beside the checkpoint)")
+    add("--num-images", type=images, default=1000, help=bits)
+    add("--exact", action="store_true", help=exact)
+    add("--fid", type=whole_number(2, MAX_SAMPLES), metavar="N", help=fid)
 
 
 def _add_sampling_options(group: OptionGroup) -> None:
-    group.add_argument("--seed", type=seed, default=0, help="of the noise")
-    group.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="with fresh noise in every step, or without")
-    group.add_argument(
-        "--steps", type=whole_number(1), help="time steps to visit, of 1000 (default: 1000 for ddpm, 50 for ddim)"
-    )
-    group.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as the last step left them"
-    )
-    group.add_argument("--batch-size", type=whole_number(1, MAX_SAMPLES), default=256, help="images to draw at a time")
-    source = group.add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint", type=path, help="file to take the model from (default: checkpoint.pt in the run folder)"
-    )
-    source.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="take the model from the weights that come with the project, in assets/weights; what is made of them goes "
-        "to pretrained/ in the run folder",
-    )
+    add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    steps = "time steps to visit, of 1000 (default: 1000 for ddpm, 50 for ddim)"
+    weights = "averaged, or as the last step left them"
+    shipped = "take the weights that come with the project; what is made of them goes to pretrained/ in the run folder"
+    add("--seed", type=seed, default=0, help="of the noise")
+    add("--sampler", choices=SAMPLERS, default="ddpm", help="with fresh noise in every step, or without")
+    add("--steps", type=whole_number(1), help=steps)
+    add("--weights", choices=("ema", "raw"), default="ema", help=weights)
+    add("--batch-size", type=whole_number(1, MAX_SAMPLES), default=256, help="images to draw at a time")
+    add_either("--checkpoint", type=path, help="file to read (default: checkpoint.pt in the run folder)")
+    add_either("--pretrained", action="store_true", help=shipped)
 
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:
-    group.add_argument("--run-dir", type=path, default=Path("runs") / stage.name, help="folder of the run")
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: the first of cuda, mps, cpu"
+    add, devices, precisions = group.add_argument, ("auto", "cpu", "cuda", "mps"), ("auto", "fp32", "bf16")
+    precision = "auto: bf16 autocast on GPUs and x86 processors that multiply in bfloat16, else fp32"
+    compiled = (
+        "compile the model, which needs a C++ compiler (default: when training, on cuda and, in bf16, on processors "
+        "with AMX)"
     )
-    group.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto: bf16 autocast on GPUs and x86 processors that multiply in bfloat16, else fp32",
-    )
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the model, which needs a C++ compiler (default: when training, on cuda and, in bf16, on "
-        "processors with AMX)",
-    )
+    add("--run-dir", type=path, default=Path("runs") / stage.name, help="folder of the run")
+    add("--device", choices=devices, default="auto", help="auto: the first of cuda, mps, cpu")
+    add("--precision", choices=precisions, default="auto", help=precision)
+    add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
 
 
 # Options that several stages share
@@ -356,12 +302,8 @@ def activation(group: OptionGroup) -> None:
 
 
 def norm_groups(group: OptionGroup) -> None:
-    group.add_argument(
-        "--norm-groups",
-        type=whole_number(1, 1024),
-        help="groups of every GroupNorm; the chapter has 16 in part A, then 32 (default: one for every four channels, "
-        "32 at most)",
-    )
+    text = "groups of every GroupNorm, 16 or 32 in the chapter (default: one for every four channels, 32 at most)"
+    group.add_argument("--norm-groups", type=whole_number(1, 1024), help=text)
 
 
 def num_res_blocks(group: OptionGroup) -> None:
@@ -369,19 +311,13 @@ def num_res_blocks(group: OptionGroup) -> None:
 
 
 def channel_mult(group: OptionGroup) -> None:
-    group.add_argument(
-        "--channel-mult",
-        type=whole_number(1, 16),
-        nargs="+",
-        default=[2, 2, 2, 1],
-        help="width of each level, in multiples of --model-channels",
-    )
+    text, mult = "width of each level, in multiples of --model-channels", whole_number(1, 16)
+    group.add_argument("--channel-mult", type=mult, nargs="+", default=[2, 2, 2, 1], help=text)
 
 
 def hflip(group: OptionGroup, default: bool = False) -> None:
-    group.add_argument(
-        "--hflip", action=argparse.BooleanOptionalAction, default=default, help="flip images left-right by chance"
-    )
+    text = "flip training images left-right with probability 1/2"
+    group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=default, help=text)
 
 
 class AnyOrder(argparse.Action):

@@ -39,7 +39,7 @@ def sample_images(
     batch_size: int = 256,
     image_shape: tuple[int, int, int] = IMAGE_SHAPE,
     spread: bool = False,
-    watch: Callable[[int, int, Tensor], None] | None = None,
+    watch: Callable[[int, int, Tensor], object] = lambda start, step, xt: None,
 ) -> Tensor:
     """Samples images, `batch_size` at a time. Leaves the global random numbers and the model's mode alone.
 
@@ -72,8 +72,7 @@ def sample_images(
             if sampler == "ddpm":
                 states = ddpm(predict_noise, schedule, noise, generator, steps)
             for step, xt in enumerate(itertools.chain([noise], states)):
-                if watch:
-                    watch(start, step, xt)
+                watch(start, step, xt)
             chunks[start] = to_uint8(xt).cpu()
     if spread:
         for others in distributed.gather(chunks):
