@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from common.run import distributed
 from common.run.datasets import IMAGE_SHAPE
 from common.run.errors import UsageError, warn
 
+NO_GPU = "this machine, or this build of PyTorch, has no cuda"
 WARM_UP_CALLS = 3  # before a capture: libraries choose their algorithms and allocate what they need
 
 
@@ -23,25 +24,44 @@ def pick_device(name: str) -> torch.device:
     """The device that --device names; of several GPUs, the one of this process.
 
     Raises:
-        UsageError: the machine does not have it.
+        UsageError: the machine does not have it, or this build of PyTorch cannot use it.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
-    if not available[name]:
-        raise UsageError(f"argument --device: this machine, or this build of PyTorch, has no {name}; try --device auto")
+    reason = _why_no_gpu() if name in ("auto", "cuda") else ""
+    if name == "auto" and reason:
+        if reason != NO_GPU:
+            warn(f"going on without the GPU: {reason}")
+        name = "mps" if torch.backends.mps.is_available() and distributed.WORLD_SIZE == 1 else "cpu"
+    if name == "cuda" and reason:
+        raise UsageError(f"argument --device: {reason}; try --device auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("argument --device: this machine, or this build of PyTorch, has no mps; try --device auto")
     if name == "mps" and distributed.WORLD_SIZE > 1:
         raise UsageError("argument --device: several processes cannot share mps; give cpu, or start one process")
-    if name != "cuda":
+    if name in ("cpu", "mps"):
         return torch.device(name)
-    if torch.cuda.device_count() <= distributed.LOCAL_RANK:
-        raise UsageError(
-            f"--nproc-per-node: each process needs a GPU of its own, and this machine has {torch.cuda.device_count()}; "
-            "start fewer processes, or give --device cpu"
-        )
     torch.cuda.set_device(distributed.LOCAL_RANK)
     torch.backends.cudnn.benchmark = True  # shapes do not change, so trying all algorithms once pays
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is what it says
     return torch.device("cuda", distributed.LOCAL_RANK)
+
+
+def _why_no_gpu() -> str:
+    """Why this process has no GPU that computes; empty if it has one, which is tried."""
+    with warnings.catch_warnings(record=True) as told:  # PyTorch warns of a driver that is too old
+        warnings.simplefilter("always")
+        if not torch.cuda.is_available():
+            return " ".join(str(told[0].message).split()) if told else NO_GPU
+        if torch.cuda.device_count() <= distributed.LOCAL_RANK:
+            raise UsageError(
+                "--nproc-per-node: each process needs a GPU of its own, and this machine has "
+                f"{torch.cuda.device_count()}; start fewer processes, or give --device cpu"
+            )
+        try:
+            torch.ones(1, device=torch.device("cuda", distributed.LOCAL_RANK)).add(1).item()
+        except RuntimeError as error:
+            gpu = f"{torch.cuda.get_device_name(distributed.LOCAL_RANK)} cannot be used by PyTorch {torch.__version__}"
+            return f"{gpu} ({str(error).splitlines()[0]}); https://pytorch.org/get-started/locally lists other builds"
+    return ""
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -110,8 +130,9 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    model.train(training).compile(dynamic=False)
+    model.train(training)
     try:
+        model.compile(dynamic=False)
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -119,8 +140,10 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
             if training:
                 output.float().mean().backward()
     except Exception as error:  # whatever it is, the model works without
-        warn(f"going on without compilation, which failed: {type(error).__name__}: {error}")
-        model.compile(disable=True)
+        why = "Python's headers are missing, install python3-dev: " if "Python.h" in str(error) else ""
+        warn(f"going on without compilation, which failed: {why}{type(error).__name__}: {error}")
+        with suppress(Exception):  # where PyTorch refuses to compile at all, there is nothing to take back
+            model.compile(disable=True)
     else:
         if is_first:
             print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
@@ -130,7 +153,13 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the error says that a tensor did not fit into memory, of whichever device."""
-    words = ("out of memory", "can't allocate memory", "invalid buffer size", "size calculation overflowed")
+    words: tuple[str, ...] = (
+        "out of memory",
+        "can't allocate memory",
+        "invalid buffer size",
+        "size calculation overflowed",
+    )
+    words += ("alloc_failed", "unable to find an engine")  # of cuDNN and cuBLAS
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
@@ -138,45 +167,49 @@ class GraphedFunction:
     """Runs a function of tensors on a GPU as one CUDA graph, which saves the time of launching its kernels one by one.
 
     The first calls run as usual. The next one records what the function launches, and from then on that is replayed,
-    so all that the function does must be on the GPU, in tensors that stay where they are. Calls with other shapes,
-    and all calls on other devices, run as usual.
+    so all that the function does must be on the GPU, in tensors that stay where they are. Calls with fewer rows than
+    the first one had are filled up with rows of earlier calls. Other shapes, and other devices, run as usual.
 
     Args:
-        function: takes and returns tensors. What it returns is overwritten by the next call.
+        function: takes and returns tensors, and treats their rows alike. What it returns is overwritten by the next
+            call.
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Tensor]):
         self.function = function
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was recorded: tensors that the function uses have been replaced."""
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
-        self.output: Any = None
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         if not inputs[0].is_cuda:
             return self.function(*inputs)
-        shapes = [x.shape for x in inputs]
         if self.calls == 0:
             gc.collect()  # what a backward pass outside has left would tie the gradients to another stream
-            self.inputs = [torch.empty_like(x) for x in inputs]
+            self.inputs = [x.clone() for x in inputs]
             self.stream = torch.cuda.Stream()
-        if shapes != [x.shape for x in self.inputs]:
+        rows = len(inputs[0])
+        if any(len(x) > len(own) or x.shape[1:] != own.shape[1:] for own, x in zip(self.inputs, inputs)):
             return self.function(*inputs)
         self.calls += 1
         for own, x in zip(self.inputs, inputs):
-            own.copy_(x)
+            own[: len(x)].copy_(x)
         if self.calls <= WARM_UP_CALLS:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 output = self.function(*self.inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return output
+            return output[:rows] if output.dim() else output
         if self.calls == WARM_UP_CALLS + 1:
             self._record()
         if self.graph is None:
-            return self.function(*self.inputs)
+            return self.function(*inputs)
         self.graph.replay()
-        return self.output
+        return self.output[:rows] if self.output.dim() else self.output
 
     def _record(self) -> None:
         torch.cuda.synchronize()
@@ -185,8 +218,10 @@ class GraphedFunction:
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.output = self.function(*self.inputs)
-        except RuntimeError as error:
+        except Exception as error:  # whatever it is, the function works unrecorded, unless there is no room for it
             torch.cuda.set_stream(current)  # which a failed capture leaves at its own
+            if is_out_of_memory(error):
+                raise
             warn(f"going on without a CUDA graph, which failed: {error.__context__ or error}")
         else:
             self.graph = graph
