@@ -48,7 +48,9 @@ class Trainer:
         self.progress = progress or Progress()
         self.device = next(model.parameters()).device
         self.schedule = NoiseSchedule().to(self.device)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=options.lr, fused=all(p.is_floating_point() for p in model.parameters())
+        )
         self.ema = AveragedWeights(model, options.ema_decay)
         self.predict_noise: NoisePredictor = model  # a wrapper of the model may take its place
 
@@ -97,7 +99,7 @@ class AveragedWeights:
 
     After n updates the old average keeps the share (1 + n) / (10 + n), `decay` at most, and nothing at n = 0: it spans
     about the last tenth of the training so far, so that the random start is soon forgotten and a short training profits
-    too. Buffers are copied.
+    too. Buffers are copied; frozen weights stay.
 
     torch's AveragedModel walks through all modules at every update, which takes milliseconds, and makes a GPU wait.
     """
@@ -105,13 +107,18 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
-        self._averaged = list(self.module.parameters())
-        self._current = [parameter.detach() for parameter in model.parameters()]
-        self._buffers = list(zip(self.module.buffers(), model.buffers()))
+        pairs = [(a, weight) for a, weight in zip(self.module.parameters(), model.parameters()) if weight.requires_grad]
+        self._averaged = [average for average, _ in pairs]
+        self._current = [weight.detach() for _, weight in pairs]
+        self._buffers = [
+            (averaged, current, name)
+            for averaged, current in zip(self.module.modules(), model.modules())
+            for name, _ in current.named_buffers(recurse=False)
+        ]
 
     def update(self, n: int) -> None:
         """Takes in the model's weights as they are now, after `n` updates; the first time, it takes them over."""
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         get_ema_multi_avg_fn(decay)(self._averaged, self._current, n)
-        for averaged, current in self._buffers:
-            averaged.copy_(current)
+        for averaged_module, module, name in self._buffers:  # looked up each time: a model may put another in its place
+            getattr(averaged_module, name).copy_(getattr(module, name))

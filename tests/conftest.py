@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def run_stage(name: str, *arguments: object) -> int:
     with pytest.raises(SystemExit) as exit_:
         main(stage, [str(argument) for argument in arguments])
     return int(exit_.value.code or 0)
+
+
+def mind_sigint() -> None:
+    """For `preexec_fn`: SIGINT acts as usual, also where the tests run in the background of a script."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Attack:

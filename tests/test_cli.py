@@ -102,7 +102,7 @@ def test_a_resumed_run_keeps_its_precision_and_says_how_to_go_on(
 def test_run_folder_holds_what_is_promised(run_dir: Path) -> None:
     files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
     assert [name for name in files if name != "samples.png"] == [
-        ".lock", "checkpoint.pt", "log.csv", "samples/data.png",
+        ".run.lock", "checkpoint.pt", "log.csv", "samples/data.png",
     ]  # fmt: skip
     assert Image.open(run_dir / "samples" / "data.png").size == (274, 274)
 

@@ -125,7 +125,7 @@ def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
     done = subprocess.run([*command, "--batch-size", "4", "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
-    assert done.stdout.count("\n") == 2
+    assert done.stdout.count("\n") == 3
     assert checkpoint.load(tmp_path / "checkpoint.pt", A)["progress"]["step"] == 2
 
 

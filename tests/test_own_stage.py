@@ -19,20 +19,29 @@ Run = Callable[..., int]
 
 
 class Unusual(nn.Module):
-    """Dropout, a parameter that is never used, a frozen one, a buffer with -inf, a number read while it is built."""
+    """Dropout; parameters that are never used, frozen, of other types, infinite or empty; buffers with -inf, or that
+    are replaced at every step; a number read while it is built."""
 
     mask: Tensor
+    steps: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(3))
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.index = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.infinite = nn.Parameter(torch.tensor([0.0, -torch.inf]), requires_grad=False)
+        self.empty = nn.Parameter(torch.empty(0))
+        self.wide = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros(1))
         self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
         self.width = int(torch.full((), 8).item())
         self.net = nn.Sequential(nn.Conv2d(3, self.width, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(8, 3, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.net(x * self.frozen) * torch.softmax(self.mask, dim=0)[0]
+        if self.training:
+            self.steps = self.steps + 1
+        return self.net(x * self.frozen) * torch.softmax(self.mask, dim=0)[0] + self.wide.float()
 
 
 @pytest.fixture
@@ -68,6 +77,56 @@ def test_a_model_of_any_parts_trains_goes_on_bit_for_bit_and_draws(
     cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", "part_h") for folder in ("cut", "uncut"))
     assert_same(dict(cut), dict(uncut))
     assert run(stage, "cut")("test", "--steps", 2, "--num-images", 2) == 0
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda x: x[:, :1], lambda x: (x,), lambda x: None, lambda x: x.mean(), lambda x: x.long()]
+)
+def test_a_model_that_returns_no_noise_is_told_in_one_line(
+    answer: Callable[[Tensor], Any],
+    tmp_path: Path,
+    run: Callable[[Stage, str], Run],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Wrong(Tiny):
+        def forward(self, x: Tensor, t: Tensor) -> Any:
+            return answer(super().forward(x, t))
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Wrong())
+    assert run(stage, "run")("train", "--dataset", "shapes", "--max-steps", 1, "--batch-size", 2) == 1
+    assert "error: the model must return noise like its images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [nn.Identity(), Tiny().requires_grad_(False)])
+def test_a_model_without_anything_to_train_is_told_in_one_line(
+    model: nn.Module, tmp_path: Path, run: Callable[[Stage, str], Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: model)
+    assert run(stage, "run")("train", "--dataset", "shapes", "--max-steps", 1) == 1
+    assert "error: the model has no parameter that can be trained" in capsys.readouterr().err
+
+
+def test_what_build_model_does_to_its_options_stays_there(tmp_path: Path, run: Callable[[Stage, str], Run]) -> None:
+    def build_model(args: argparse.Namespace) -> nn.Module:
+        args.sizes.append(1)
+        return Tiny()
+
+    def sizes(group: OptionGroup) -> None:
+        group.add_argument("--sizes", type=int, nargs="+", default=(2, 2))
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", build_model, [sizes])
+    options = ("--dataset", "shapes", "--batch-size", 4, "--sizes", 3)
+    for max_steps in (1, 2, 3):
+        assert run(stage, "run")("train", *options, "--resume", "--max-steps", max_steps) == 0
+
+
+def test_a_default_that_is_a_tuple_is_the_list_that_is_typed(tmp_path: Path, run: Callable[[Stage, str], Run]) -> None:
+    def sizes(group: OptionGroup) -> None:
+        group.add_argument("--sizes", type=int, nargs="+", default=(2, 2))
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny(), [sizes])
+    assert run(stage, "run")("train", "--dataset", "shapes", "--batch-size", 4, "--max-steps", 1) == 0
+    assert run(stage, "run")("test", "--sizes", 2, 2, "--steps", 1, "--num-images", 1) == 0
 
 
 def test_options_of_any_kind_come_back_from_the_checkpoint(
@@ -110,6 +169,9 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
     [
         ({"type": Path, "default": Path("a.csv")}, ()),  # torch.load refuses it
         ({"type": lambda word: int(word) / 100}, ("--table", "5")),  # typed again, it would be another value
+        ({"type": lambda word: {"a": 1}[word]}, ("--table", "a")),  # typed again, it would be a KeyError
+        ({"default": lambda: 0}, ()),
+        ({"type": argparse.FileType()}, ("--table", __file__)),
     ],
 )
 def test_an_option_that_a_checkpoint_cannot_carry_is_told_before_training(

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from common.run.errors import UsageError, UserError
 from common.run.loop import train
 from common.run.pictures import sample_images
 from tests import tiny_run
-from tests.conftest import ROOT, STAGES, run_stage
+from tests.conftest import ROOT, STAGES, mind_sigint, run_stage
 from tests.test_training import read_log
 
 A = STAGES[0]
@@ -35,6 +36,14 @@ def short(tmp_path: Path, shapes_dir: Path) -> tuple[object, ...]:
     """Options of a run of stage A in `tmp_path`/run."""
     data = ("--dataset", "shapes", "--data-dir", shapes_dir, "--device", "cpu")
     return (*data, "--run-dir", tmp_path / "run", "--batch-size", 2, "--sample-every", 0)
+
+
+@pytest.fixture
+def kept_shapes(shapes_dir: Path, tmp_path: Path) -> Path:
+    """A folder with the data set in it, named as `short` names the run folder."""
+    load_images("shapes", shapes_dir)
+    (tmp_path / "run").mkdir()
+    return Path(shutil.copy(shapes_dir / "shapes.npz", tmp_path / "run")).parent
 
 
 # Work that is lost
@@ -69,6 +78,75 @@ def test_overwriting_deletes_the_files_of_the_run_by_their_names_alone(
         assert (run_dir / name).read_bytes() == b"mine"
     assert not (run_dir / "samples" / "epoch-0001.png").exists()
     assert not (run_dir / "eval.json").exists()
+
+
+def test_a_data_folder_is_no_run_folder(
+    kept_shapes: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One process waits for another there, too; what lies in it is no run's."""
+    load_images("shapes", kept_shapes)
+    (kept_shapes / "log.csv").write_text("mine")
+    assert run_stage(A, "train", *short, "--overwrite", "--max-steps", 1) == 2
+    assert "there is no run, but log.csv" in capsys.readouterr().err
+    assert (kept_shapes / "log.csv").read_text() == "mine"
+
+
+def test_a_run_may_lie_in_its_data_folder(kept_shapes: Path, short: tuple[object, ...]) -> None:
+    assert run_stage(A, "train", *short, "--data-dir", kept_shapes, "--max-steps", 1) == 0
+
+
+@pytest.mark.parametrize("name", [".run.lock", ".data.lock"])
+def test_a_lock_leaves_the_file_as_it_is(
+    name: str, kept_shapes: Path, tmp_path: Path, short: tuple[object, ...]
+) -> None:
+    (kept_shapes / name).symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("precious")
+    assert run_stage(A, "train", *short, "--data-dir", kept_shapes, "--max-steps", 1) == 0
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("stream", [">", "2>"])
+@pytest.mark.parametrize("where", ["/dev/full", "&-"])
+def test_a_stream_that_takes_nothing_costs_nothing(
+    stream: str, where: str, tmp_path: Path, short: tuple[object, ...]
+) -> None:
+    """A full disk behind stdout or stderr; or none of them at all, as with pythonw."""
+    if where == "/dev/full" and not Path(where).exists():
+        pytest.skip("no /dev/full here")
+    run_dir = tmp_path / "run"
+    script = f"{shlex.quote(sys.executable)} {A}.py"
+    for command, product in (
+        (["train", *map(str, short), "--max-steps", "1"], "checkpoint.pt"),
+        (["test", "--run-dir", str(run_dir), "--num-images", "2", "--steps", "2"], "samples.png"),
+    ):
+        line = f"{script} {shlex.join(command)} {stream}{where}"
+        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        assert (run_dir / product).exists()
+    assert subprocess.run(f"{script} train --lr x {stream}{where}", shell=True, cwd=ROOT).returncode == 2
+
+
+def test_a_samples_folder_that_cannot_be_used_does_not_keep_a_run_from_going_on(
+    tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    shutil.rmtree(tmp_path / "run" / "samples")
+    (tmp_path / "run" / "samples").symlink_to("nowhere")
+    assert run_stage(A, "train", *short, "--max-steps", 2, "--resume") == 0
+    assert "warning: going on without" in capsys.readouterr().err
+
+
+def test_a_long_name_can_be_written(tmp_path: Path, short: tuple[object, ...]) -> None:
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    output = tmp_path / ("a" * 246 + ".png")
+    options = ("--num-images", 1, "--steps", 1, "--output", output)
+    assert run_stage(A, "test", "--run-dir", tmp_path / "run", *options) == 0
+    assert output.exists()
+
+
+def test_a_home_folder_of_nobody_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage(A, "train", "--run-dir=~nosuchuser/run") == 2
+    assert "argument --run-dir: ~nosuchuser/run" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_program_is_not_overwritten(
@@ -136,7 +214,7 @@ def test_a_reader_that_leaves_costs_nothing(stream: str, tmp_path: Path, short: 
 
 
 def started_run(words: list[str]) -> subprocess.Popen[str]:
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=mind_sigint)
     assert process.stdout is not None
     assert "parameters" in process.stdout.readline()
     time.sleep(1)
@@ -157,6 +235,17 @@ def test_a_closed_window_saves_and_nohup_goes_on(tmp_path: Path, short: tuple[ob
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"] > step
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, short: tuple[object, ...]) -> None:
+    """As `&` in a script leaves SIGINT."""
+    words = shlex.join([sys.executable, f"{A}.py", "train", *map(str, short), "--max-steps", "100000"])
+    process = started_run(["sh", "-c", f"trap '' INT; exec {words}"])
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
 
 
 def test_interrupted_under_tee_the_status_is_that_of_the_signal(tmp_path: Path, short: tuple[object, ...]) -> None:

@@ -27,7 +27,7 @@ from common.run.folder import plot_losses
 from common.run.loop import train
 from common.run.trainer import Run
 from common.training import AveragedWeights, Trainer, TrainingOptions
-from tests.conftest import ROOT, STAGES, run_stage
+from tests.conftest import ROOT, STAGES, mind_sigint, run_stage
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 44 images: 3 steps an epoch, 9 in all
 
@@ -372,7 +372,11 @@ def test_a_loss_that_is_no_number_stops_the_run(images: Tensor, tmp_path: Path) 
 def test_signals_save_and_stop(tmp_path: Path, shapes_dir: Path, number: signal.Signals, status: int) -> None:
     arguments = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path), "--batch-size", "8"]
     process = subprocess.Popen(
-        [sys.executable, "part_a_cifar.py", "train", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "part_a_cifar.py", "train", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=mind_sigint,
     )
     assert process.stdout is not None
     process.stdout.readline()  # the run has begun

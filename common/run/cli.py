@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from common.run import distributed
 from common.run.device import is_out_of_memory, keep_freed_memory
-from common.run.errors import UserError
+from common.run.errors import UserError, tell
 from common.run.evaluate import evaluate
 from common.run.models import refuse_model_that_is_too_large
 from common.run.options import Stage, model_defaults, parse
@@ -46,5 +46,5 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         status = 1
     who = f"rank {distributed.RANK}: " if distributed.WORLD_SIZE > 1 else ""
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
-    print(f"{stage.name}.py: {who}error: {line}", file=sys.stderr)
+    tell(f"{stage.name}.py: {who}error: {line}")
     distributed.exit_after_error(status)

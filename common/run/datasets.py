@@ -2,8 +2,6 @@
 
 import http.client
 import os
-import zipfile
-import zlib
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -81,7 +79,7 @@ def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarr
 def _load_shapes(data_dir: Path) -> np.ndarray:
     path = data_dir / "shapes.npz"
     count = TRAINING_IMAGES + HELD_OUT_IMAGES
-    with suppress(FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):  # or damaged
+    with suppress(Exception):  # there is none, or it is damaged, in one of many ways
         images = np.load(path)["images"]
         if images.shape == (count, *IMAGE_SHAPE) and images.dtype == np.uint8:
             return images

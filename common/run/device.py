@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.diffusion import NoisePredictor
 from common.run import distributed
 from common.run.datasets import IMAGE_SHAPE
-from common.run.errors import UsageError, warn
+from common.run.errors import UsageError, UserError, tell, warn
 
 NO_GPU = "this machine, or this build of PyTorch, has no cuda"
 WARM_UP_CALLS = 3  # before a capture: libraries choose their algorithms and allocate what they need
@@ -76,11 +76,18 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 def in_precision(model: nn.Module, bf16: bool) -> NoisePredictor:
     """The model, under bfloat16 autocast if so asked; what it returns is float32, whatever its weights are."""
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # a model of mixed types knows what it does
 
     def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(xt.device.type, torch.bfloat16, enabled=bf16):
-            return model(xt.to(dtype), t).float()
+            noise = model(xt.to(dtype), t)
+        if not isinstance(noise, Tensor) or noise.shape != xt.shape or not noise.is_floating_point():
+            found = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
+            raise UserError(
+                f"the model must return noise like its images, floating-point {tuple(xt.shape)}; got {found}"
+            )
+        return noise.float()
 
     return predict_noise
 
@@ -125,7 +132,7 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
     """
     is_first = distributed.RANK == 0
     if is_first:
-        print("compiling, which can take two minutes the first time", file=sys.stderr)
+        tell("compiling, which can take two minutes the first time")
     started = time.perf_counter()
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
@@ -146,7 +153,7 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
             model.compile(disable=True)
     else:
         if is_first:
-            print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            tell(f"compiled in {time.perf_counter() - started:.0f} s")
     finally:
         model.zero_grad()
 

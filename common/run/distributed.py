@@ -8,7 +8,6 @@ import gc
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +16,6 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common.run.errors import UsageError, UserError, warn
 
@@ -48,7 +46,8 @@ def start() -> None:
         return
     for name in VARIABLES:
         wrong = not values.get(name) or (name != "MASTER_ADDR" and not values[name].isdecimal())
-        if wrong or (name == "RANK" and int(values[name]) >= WORLD_SIZE):
+        limit = {"RANK": WORLD_SIZE, "MASTER_PORT": 2**16}.get(name)
+        if wrong or (limit and int(values[name]) >= limit):
             found = f"is {values[name]!r}" if name in values else "is not set"
             raise UsageError(
                 f"environment variable {name}: {found}; torchrun sets {', '.join(VARIABLES)} together, and of these "
@@ -60,7 +59,8 @@ def start() -> None:
         timer = threading.Timer(10, warn, [message])
         timer.daemon = True
         timer.start()
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
         timer.cancel()
 
@@ -86,16 +86,25 @@ def is_lost_connection(error: Exception) -> bool:
     return WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def parallel(model: nn.Module) -> nn.Module:
-    """The model, whose gradients are the mean of all ranks' after a backward pass."""
-    if WORLD_SIZE == 1:
-        return model
-    device = next(model.parameters()).device
-    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    wrapped.broadcast_buffers = False  # they are constants; no argument, for PyTorch 2.13 renamed that
-    # It warns of compiled kernels of 1x1, whose gradients have other strides, which mean the same for them.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    return wrapped
+def broadcast(model: nn.Module) -> None:
+    """Gives the model of every rank the weights and buffers that rank 0 has."""
+    if WORLD_SIZE > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Makes the gradients of every rank the sum of all ranks', in one message."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    total = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(total)
+    for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def hides_bars() -> bool | None:
+    """What tqdm is to be told: on rank 0, None, which shows a bar where stderr is a terminal; elsewhere True."""
+    return None if RANK == 0 and sys.stderr else True
 
 
 def share(count: int) -> slice:

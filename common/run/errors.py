@@ -28,9 +28,14 @@ def only_telling() -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Writes one line to stderr, if anybody reads it."""
+    """Writes a warning of one line to stderr."""
+    tell(f"warning: {' '.join(message.split())[:1000]}")
+
+
+def tell(line: str) -> None:
+    """Writes a line to stderr, if anybody reads it."""
     with suppress(OSError, ValueError):
-        print(f"warning: {' '.join(message.split())[:1000]}", file=sys.stderr)
+        print(line, file=sys.stderr, flush=True)
 
 
 def counted(number: int, noun: str) -> str:
@@ -42,6 +47,7 @@ def say(message: str) -> None:
     """Writes a line to stdout. That its reader has left, as in `train | head -1`, is no reason to stop working."""
     try:
         print(message, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still holds goes there at exit
-        warn("nobody reads stdout any more")
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):  # what Python still holds goes nowhere at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        warn(f"stdout takes no more: {error}")

@@ -149,7 +149,9 @@ def new_fid(device: torch.device, feature: Any = 2048) -> Any:
 def fid(metric: Any, samples: Tensor, images: Tensor) -> float:
     """Fréchet inception distance (arXiv:1706.08500) of samples from images, uint8 (N, 3, 32, 32) each, N >= 2."""
     for pictures, real in ((images, True), (samples, False)):
-        for block in tqdm(pictures.split(HELD_OUT_BLOCK), desc="features", unit=" blocks", disable=None):
+        for block in tqdm(
+            pictures.split(HELD_OUT_BLOCK), desc="features", unit=" blocks", disable=distributed.hides_bars()
+        ):
             metric.update(block.to(metric.device), real=real)
     return float(metric.compute())
 
@@ -192,7 +194,7 @@ def _block_by_block(
     """
     starts = range(0, num_images, HELD_OUT_BLOCK)[distributed.RANK :: distributed.WORLD_SIZE]
     total = sum(min(HELD_OUT_BLOCK, num_images - start) for start in starts) * passes
-    hide = None if distributed.RANK == 0 else True  # None: where stderr is no terminal
+    hide = distributed.hides_bars()
     with torch.no_grad(), tqdm(total=total, desc=description, unit=" images", disable=hide) as bar:
 
         def counted(xt: Tensor, t: Tensor) -> Tensor:

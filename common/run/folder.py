@@ -3,19 +3,21 @@
 import csv
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from common.run.checkpoint import LOG_COLUMNS, atomic_write
-from common.run.errors import UsageError
+from common.run.errors import UsageError, warn
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+MARK = ".run.lock"  # whoever finds it in a folder knows that a run was begun there
 RUN_FILES = ("checkpoint.pt", "log.csv", "loss.png", "samples.png", "eval.json", "samples")
 
 
@@ -29,7 +31,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         UsageError: another process is training there.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "wb") as file:
+    with open(run_dir / MARK, "ab") as file:
         try:
             _lock(file, wait=False)
         except BlockingIOError as error:
@@ -49,24 +51,28 @@ def one_at_a_time(data_dir: Path) -> Iterator[None]:
         data_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         with suppress(OSError):
-            _lock(held.enter_context(open(data_dir / ".lock", "wb")), wait=True)
+            _lock(held.enter_context(open(data_dir / ".data.lock", "ab")), wait=True)
         yield
 
 
 def _lock(file: IO[bytes], wait: bool) -> None:
-    """Takes the file's lock. Windows, and file systems without locks, go without."""
+    """Takes the file's lock, or raises BlockingIOError. Windows, and file systems without locks, go without."""
+    if not fcntl:
+        return
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise
+        if not wait:
+            raise
+        warn(f"waiting for another process, which has {file.name} locked")
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         pass
 
 
 def is_run_folder(run_dir: Path) -> bool:
     """Whether a run was ever begun there, in which case what has the names of RUN_FILES is ours."""
-    return (run_dir / ".lock").exists()
+    return (run_dir / MARK).exists()
 
 
 def remove_run(run_dir: Path) -> None:
@@ -113,5 +119,6 @@ def plot_losses(run_dir: Path) -> None:
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     FigureCanvasAgg(figure)
-    with atomic_write(run_dir / "loss.png") as file:
+    with atomic_write(run_dir / "loss.png") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that its font lacks
         figure.savefig(file, format="png")

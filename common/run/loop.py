@@ -13,6 +13,7 @@ from torch import Tensor
 from common.likelihood import HELD_OUT_BLOCK, held_out_draws
 from common.run import checkpoint, distributed
 from common.run.datasets import check_images
+from common.run.errors import UserError
 from common.run.report import Reporter
 from common.run.trainer import Run
 
@@ -52,6 +53,8 @@ def train(
     check_images(images, "training images")
     check_images(held_out, "held-out images")
     progress = run.progress
+    if progress.seen >= len(images):
+        raise UserError(f"training images: {len(images)}, of which the run has seen {progress.seen} in this epoch")
     is_first = distributed.RANK == 0
     held_out = held_out[:LOG_HELD_OUT_IMAGES]
     blocks = range(0, len(held_out), HELD_OUT_BLOCK)[distributed.RANK :: distributed.WORLD_SIZE]
@@ -97,7 +100,8 @@ def _is_over(run: Run, max_steps: int | None, received: list[signal.Signals]) ->
 def _stop_signals() -> Iterator[list[signal.Signals]]:
     """Notes SIGINT, SIGTERM and SIGHUP in the list instead of dying of them; a second one acts as usual.
 
-    Where SIGHUP is ignored, as by `nohup`, it stays so. Only the main thread can have handlers.
+    One that is ignored stays so, as SIGHUP is by `nohup`, and SIGINT by `&` in a script. Only the main thread can have
+    handlers.
     """
     received: list[signal.Signals] = []
 
@@ -105,9 +109,8 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         signal.signal(number, previous[received[-1]])
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [number for name in names if signal.getsignal(number := signal.Signals[name]) != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     previous = {number: signal.signal(number, note) for number in numbers}

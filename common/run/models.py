@@ -1,6 +1,7 @@
 """A stage's model: from the options of the command line, from those of a checkpoint, or both where they agree."""
 
 import argparse
+import copy
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ def build_model(stage: Stage, model_options: dict[str, Any]) -> nn.Module:
         UsageError: the options do not make one.
     """
     try:
-        return stage.build_model(argparse.Namespace(**model_options))
+        return stage.build_model(argparse.Namespace(**copy.deepcopy(model_options)))
     except ValueError as error:
         name, _, reason = str(error).partition(": ")  # of an argument, which has the name of its option
         raise UsageError(f"argument {flag(name)}: {reason}" if name in model_options else str(error)) from error
@@ -64,8 +65,8 @@ def choose_model_options(
 def refuse_contradictions(asked: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
     """Raises a UsageError that names the first option whose typed value is not the checkpoint's."""
     for name, value in asked.items():
-        if value != saved[name]:
-            now, then = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (value, saved[name]))
+        now, then = (" ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for v in (value, saved[name]))
+        if now != then:
             then = "the default" if then is None else then
             raise UsageError(f"argument {flag(name)}: {now} contradicts {path}, which was made with {then}")
 
@@ -124,8 +125,11 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], bat
         )
         raise UserError(f"{path}: no checkpoint there; make one with: {command}{pretrained}")
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
-    distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    model = build_model(stage, choose_model_options(stage, options, typed, path, saved)).eval()
+    if not options.output:
+        distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    model_options = choose_model_options(stage, options, typed, path, saved)
+    with checkpoint.reading(path):
+        model = build_model(stage, model_options).eval()
     checkpoint.load_weights(model, saved["ema"] if averaged else saved["model"], path)
     model.to(device)
     if options.compile:

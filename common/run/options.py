@@ -134,7 +134,7 @@ def could_be_saved(stage: Stage, name: str, value: Any) -> bool:
     """Whether a checkpoint with this value of a model option would be accepted again."""
     try:
         saved_model_options(stage, {name: value})
-    except (argparse.ArgumentTypeError, TypeError, ValueError):
+    except Exception:  # what a stage's own type of option makes of a text, there is no end of
         return False
     return True
 
@@ -163,7 +163,7 @@ def _check_saved(actions: dict[str, argparse.Action], saved: dict[str, Any]) -> 
 
 def _could_be_typed(action: argparse.Action, value: Any) -> bool:
     """Whether the command line could give an option that value."""
-    if value == action.default:
+    if type(value) is type(action.default) and value == action.default:
         return True
     if action.nargs == 0:  # a flag, a count or a constant
         return isinstance(value, (bool, int)) or value == action.const
@@ -358,7 +358,10 @@ def path(word: str) -> Path:
     """A file or a folder; ~ is the home folder also where the shell leaves it."""
     if not word:
         raise argparse.ArgumentTypeError("must not be empty")
-    return Path(word).expanduser()
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:  # of an unknown user
+        raise argparse.ArgumentTypeError(f"{word}: {error}") from error
 
 
 def _url(word: str) -> str:

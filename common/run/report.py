@@ -41,7 +41,7 @@ class Reporter:
         self.total = run.options.epochs * len(images)
         if max_steps is not None:
             self.total = min(self.total, max_steps * run.options.batch_size)
-        hide = None if distributed.RANK == 0 and sys.stderr else True  # None: where stderr is no terminal
+        hide = distributed.hides_bars()
         self.bar = tqdm(total=self.total, initial=self._seen(), unit=" images", disable=hide)
         self.shown = time.perf_counter()
         self.plotted = -math.inf
@@ -52,12 +52,13 @@ class Reporter:
         Raises:
             OSError, UserError: it cannot be written to; here it is found out before any work.
         """
-        (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
-        if self.run.progress.step == 0:
-            self._save_data_grid()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         write_log(self.run_dir, self.run.progress.log)
-        if self.run.progress.seen == 0:
-            with only_telling():
+        with only_telling():
+            (self.run_dir / "samples").mkdir(exist_ok=True)
+            if self.run.progress.step == 0:
+                self._save_data_grid()
+            if self.run.progress.seen == 0:
                 self._save_sample_grid(again=False)
 
     def tell(self, is_over: bool, in_haste: bool) -> None:

@@ -4,6 +4,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from common.run import distributed
+
 SIZE = 32  # pixels, both ways
 OVERSAMPLING = 4  # a shape is drawn this much larger and averaged down, which smooths its edges
 GROUND = 255  # white: clipping x0 to [-1, 1] sets it right, which helps a young model
@@ -59,7 +61,7 @@ def draw_shapes(count: int, seed: int = 0) -> np.ndarray:
 
     outlines = list(KINDS.values())
     coverage = np.empty((count, SIZE, SIZE), dtype=np.int32)  # 0 is ground, 255 is shape
-    for i in tqdm(range(count), desc="drawing shapes", unit=" images", disable=None):
+    for i in tqdm(range(count), desc="drawing shapes", unit=" images", disable=distributed.hides_bars()):
         image = Image.new("L", (SIZE * OVERSAMPLING, SIZE * OVERSAMPLING), 0)
         draw = ImageDraw.Draw(image)
         for outline, fill in zip(outlines[kind[i]], (255, 0)):

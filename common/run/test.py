@@ -76,7 +76,7 @@ def draw(
     watch: Callable[[int, int, Tensor], None] = lambda start, step, xt: None,
 ) -> Tensor:
     """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar."""
-    hide = None if distributed.RANK == 0 else True  # None: where stderr is no terminal
+    hide = distributed.hides_bars()
     total = num_images * steps // distributed.WORLD_SIZE
     with tqdm(total=total, unit=" image steps", desc=options.sampler, disable=hide) as bar:
 

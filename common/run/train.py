@@ -12,7 +12,7 @@ from common.run import checkpoint, distributed, loop
 from common.run.checkpoint import Checkpoint, RunOptions
 from common.run.datasets import load_images
 from common.run.device import compile_model, compiles_training, pick_device, use_bf16
-from common.run.errors import UsageError, counted, say
+from common.run.errors import UsageError, UserError, counted, say
 from common.run.folder import RUN_FILES, is_run_folder, locked, remove_run
 from common.run.models import build_model, choose_model_options, refuse_contradictions, shipped_weights
 from common.run.options import Stage, flag
@@ -80,6 +80,8 @@ def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device
     model = build_model(stage, model_options).to(device)
     if weights and not saved:
         checkpoint.load_weights(model, weights["ema"], source)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("the model has no parameter that can be trained")
     run = Run(stage.name, model_options, model, run_options, use_bf16(run_options.precision, device))
     if saved:
         run.restore(saved, path)

@@ -37,17 +37,20 @@ class Run(Trainer):
     def __init__(
         self, stage: str, model_options: dict[str, Any], model: nn.Module, options: RunOptions, bf16: bool = False
     ):
+        distributed.broadcast(model)
         super().__init__(model, options, RunProgress())
         self.stage = stage
         self.model_options = model_options
         self.bf16 = bf16
-        self.predict_noise = in_precision(distributed.parallel(model), bf16)
+        self.predict_noise = in_precision(model, bf16)
         self.predict_averaged = noise_predictor(self.ema.module, bf16)
         # These are read rarely: each reading makes a GPU wait.
         self._loss_sum = torch.zeros((), device=self.device)  # of the images seen in the epoch under way
         self._all_finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._finite_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # before the first that was not
-        if self.device.type == "cuda" and distributed.WORLD_SIZE == 1:
+        if distributed.WORLD_SIZE > 1:
+            self.optimizer.register_step_pre_hook(lambda *arguments: distributed.sum_gradients(model))
+        if self.device.type == "cuda":
             self.optimizer.param_groups[0]["capturable"] = True
             # Adam warns of the first steps, which are not captured.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
@@ -56,9 +59,8 @@ class Run(Trainer):
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor, loss_weight: Tensor) -> Tensor:
         """As Trainer.gradient_step, of this rank's share of the batch; adds up losses, notes whether all is finite."""
         mine = distributed.share(len(x0))
-        # DistributedDataParallel takes the mean of the gradients over the processes, where their sum is meant.
-        loss = super().gradient_step(x0[mine], t[mine], noise[mine], loss_weight[mine] * distributed.WORLD_SIZE)
-        loss = distributed.sum_over_ranks(loss / distributed.WORLD_SIZE)
+        loss = super().gradient_step(x0[mine], t[mine], noise[mine], loss_weight[mine])
+        loss = distributed.sum_over_ranks(loss)
         gradient_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self._all_finite &= loss.isfinite() & gradient_norm.isfinite()
         self._finite_steps += self._all_finite
@@ -72,14 +74,19 @@ class Run(Trainer):
             UserError: one was not, so the weights are worth nothing.
         """
         finite_steps, what = self._finite_steps.item(), "the loss or the gradient has"
-        largest = nn.utils.get_total_norm([*self.model.parameters(), *self.ema.module.parameters()], norm_type=math.inf)
-        if finite_steps == self.progress.step and not largest.isfinite():
+        if finite_steps == self.progress.step and not self._weights_are_finite():
             finite_steps, what = self.progress.step - 1, "the weights have"
         if finite_steps < self.progress.step:
             raise UserError(
                 f"{what} not been finite since step {finite_steps + 1}, with --lr {self.options.lr:g}; "
                 "try a lower --lr, or --precision fp32"
             )
+
+    def _weights_are_finite(self) -> bool:
+        """Whether all weights that are trained are finite, and their averages."""
+        pairs = zip(self.model.parameters(), self.ema.module.parameters())
+        weights = [weight for pair in pairs if pair[0].requires_grad and pair[0].numel() for weight in pair]
+        return bool(nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite())
 
     def mean_loss(self) -> float:
         """Mean loss of the images seen in the epoch under way."""
@@ -140,8 +147,11 @@ class Run(Trainer):
         moments = saved["optimizer"]
         with checkpoint.reading(path):
             for n, parameter in enumerate(self.model.parameters()):
-                if moments[n] and any(moments[n][m].shape != parameter.shape for m in ("exp_avg", "exp_avg_sq")):
-                    raise ValueError(f"the optimizer's state of parameter {n} has another shape")
+                for name in ("exp_avg", "exp_avg_sq") if moments[n] is not None else ():
+                    if moments[n][name].shape != parameter.shape or not moments[n][name].isfinite().all():
+                        raise ValueError(f"the optimizer's state of parameter {n} has another shape, or is not finite")
             state = {n: state for n, state in moments.items() if state is not None}
             param_groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+        if isinstance(self.gradient_step, GraphedFunction):
+            self.gradient_step.forget()  # which works on the optimizer's old state
