@@ -1,4 +1,5 @@
-"""README.md: every command of its runs, every link leads somewhere, every snippet and every quotation is true."""
+"""README.md, docs/ and benchmarks/README.md: every command runs, every link leads somewhere, every snippet and every
+quotation is true."""
 
 import argparse
 import importlib
@@ -20,15 +21,65 @@ from common.run.shapes import draw_shapes
 from tests.conftest import ROOT, STAGES, run_stage
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-LINES = [
-    line.split("#")[0].strip().removesuffix("&&") for kind, block in BLOCKS if not kind for line in block.splitlines()
+PAGES = {  # what they say, by their path
+    path.relative_to(ROOT): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
+}
+
+
+def code_blocks(text: str) -> list[tuple[str, str, str]]:
+    """Of each block of code: its language, what is in it, and the paragraph before."""
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [(block[1], block[2], text[: block.start()].split("\n\n")[-2]) for block in found]
+
+
+BLOCKS = [block for text in PAGES.values() for block in code_blocks(text)]
+LINES = [  # a backslash at the end of a line continues it
+    " ".join(line.split("#")[0].split())
+    for kind, block, _ in BLOCKS
+    if not kind
+    for line in block.replace("\\\n", " ").splitlines()
 ]
 # A block of code that comes after a paragraph with a link to a script is from there; others are to be run.
-BEFORE_CODE = [README[: match.start()].split("\n\n")[-2] for match in re.finditer(r"^```(python|diff)\n", README, re.M)]
-CODE = [block for kind, block in BLOCKS if kind in ("python", "diff")]
-CODE_WITH_SOURCES = [(re.findall(r"\]\(([\w/]+\.py)\)", text), code) for text, code in zip(BEFORE_CODE, CODE)]
-COMMANDS = [line.strip() for line in LINES if re.match(r"python part_|torchrun ", line)]
+CODE_WITH_SOURCES = [
+    (re.findall(r"\]\((?:\.\./)?([\w/]+\.py)\)", before), code)
+    for kind, code, before in BLOCKS
+    if kind in ("python", "diff")
+]
+COMMANDS = list(dict.fromkeys(line for line in LINES if re.match(r"python part_|torchrun ", line)))
+OTHERS = {  # what else is in the blocks of code, and is tested elsewhere, by hand or by running these tests
+    "python3 -m venv .venv && . .venv/bin/activate",
+    "python -m pip install -r requirements.txt",
+    "python -m pip install -r requirements-dev.txt && python -m pytest",
+    "python benchmarks/mean_colour.py --checkpoint runs/chapter/checkpoint.pt",
+    "cp part_g_cifar.py part_h_my_idea.py",
+}
+CHAPTER = """
+python part_a_cifar.py train
+python part_a_cifar.py train --batch-size 128 --lr 1e-3 --epochs 80
+python part_a_cifar.py test
+python part_b_cifar_more_channels.py train
+python part_b_cifar_more_channels.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32
+python part_b_cifar_more_channels.py test --model-channels 32
+python part_c_cifar_silu.py train
+python part_c_cifar_silu.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu
+python part_c_cifar_silu.py test --model-channels 32 --activation silu
+python part_d_cifar_arch.py train
+python part_d_cifar_arch.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu
+python part_d_cifar_arch.py test --model-channels 32 --activation silu
+python part_e_cifar_deeper.py train
+python part_e_cifar_deeper.py train --batch-size 128 --lr 1e-3 --epochs 120 \
+--model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1
+python part_e_cifar_deeper.py test --model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1
+python part_f_cifar_hflips.py train --hflip
+python part_f_cifar_hflips.py train --batch-size 128 --lr 1e-3 --epochs 120 \
+--model-channels 32 --activation silu --num-res-blocks 2 --channel-mult 2 2 2 1 --hflip
+python part_f_cifar_hflips.py test --model-channels 32 --activation silu --num-res-blocks 2 \
+--channel-mult 2 2 2 1 --hflip
+python part_g_cifar.py train
+python part_g_cifar.py train --batch-size 128 --lr 1e-3 --epochs 10
+python part_g_cifar.py test
+"""
 
 SHORT = {
     "train": "--dataset shapes --max-steps 1 --batch-size 2",
@@ -37,9 +88,20 @@ SHORT = {
 }
 
 
-def test_readme_has_commands() -> None:
-    assert len(COMMANDS) >= 8
+def test_every_line_to_copy_is_known() -> None:
     assert {command.split()[2] for command in COMMANDS if command.startswith("python")} == set(SHORT)
+    assert {*filter(None, LINES)} - {*COMMANDS} == OTHERS
+
+
+def test_the_readme_has_the_chapters_commands_word_for_word() -> None:
+    in_readme = " ".join(README.replace("\\\n", " ").split())
+    for command in CHAPTER.strip().splitlines():
+        assert command in COMMANDS
+        assert command in in_readme
+
+
+def test_the_readme_can_be_read_to_the_end() -> None:
+    assert len(README.split()) <= 3000
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +173,43 @@ def test_the_weights_of_every_stage_have_learned_to_guess_noise(name: str) -> No
     assert loss.mean() < 0.15
 
 
-def test_every_link_leads_somewhere() -> None:
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.M)
-    }
-    links = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r'(?:src|href)="([^"]+)"', README)
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings, those in blocks of code left out."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = PAGES[page]
+    links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     assert links
     for link in links:
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        elif not link.startswith("https://"):
-            assert (ROOT / link).exists(), link
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors(path.read_text()), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    for page in PAGES:
+        assert page == Path("README.md") or f"]({page.as_posix()})" in README, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_formulas_stand_where_github_renders_them(page: Path) -> None:
+    """As blocks of $$ on lines of their own; what looks like a formula elsewhere would be shown as it is typed."""
+    parts = re.split(r"^\$\$$", re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL), flags=re.M)
+    assert len(parts) % 2 == 1
+    for text in parts[::2]:
+        assert not re.search(r"\$|\w_\{|\\[a-z]|\w_[t0θ]\b", re.sub(r"`[^`]*`", "", text))
 
 
 def test_every_file_of_the_package_is_in_the_layout() -> None:
+    """The lesson in README, the machinery in docs/running.md."""
     for path in (ROOT / "common").rglob("[a-z]*.py"):
-        assert f"`{path.relative_to(ROOT)}`" in README
+        page = "docs/running.md" if path.parent.name == "run" else "README.md"
+        assert f"`{path.relative_to(ROOT).as_posix()}`" in PAGES[Path(page)], path
