@@ -122,7 +122,7 @@ def test_every_command_runs_word_for_word(
     suffix = SHORT[arguments[0]].split()
     if arguments[0] != "test":
         suffix += ["--data-dir", str(shapes_dir)]
-    if arguments[0] == "train":
+    if arguments[0] == "train" and "--resume" not in arguments:
         suffix += ["--overwrite"]
     if arguments[0] == "eval":
         monkeypatch.setattr("common.run.evaluate.load_images", lambda *a, **more: load_images(*a, **more)[:2000])
