@@ -1,0 +1,107 @@
+"""What is recorded as a CUDA graph computes what the plain code computes, bit for bit; shown with a stand-in."""
+
+import copy
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.diffusion import NoiseSchedule
+from common.likelihood import held_out_draws
+from common.run import device
+from common.run.checkpoint import RunOptions
+from common.run.device import GraphedFunction, in_precision, noise_predictor
+from common.run.pictures import sample_images
+from common.run.trainer import Run
+from tests import fake_graph, tiny_run
+from tests.test_training import assert_same
+
+SMALL: dict[str, dict[str, Any]] = {"part_a_cifar": {}, "part_g_cifar": {"num_res_blocks": 1, "channel_mult": (1, 1)}}
+
+
+@pytest.fixture(autouse=True)
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_graph.install(monkeypatch)
+
+
+def recorded(run: Run) -> GraphedFunction:
+    """Has a Run record its steps, as it does on a GPU."""
+    graphed = GraphedFunction(run.gradient_step)
+    run.gradient_step = graphed  # type: ignore[method-assign, assignment]
+    return graphed
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", SMALL)
+def test_recorded_training_and_held_out_losses_are_the_plain_ones(stage: str, bf16: bool, images: Tensor) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = importlib.import_module(stage).Model(**SMALL[stage])
+    held_out = held_out_draws(images[:10], 0, NoiseSchedule())
+    results = []
+    for is_recorded in (False, True):
+        run = Run(stage, {}, copy.deepcopy(model), RunOptions(epochs=2, batch_size=8, hflip=True), bf16)
+        if is_recorded:
+            graphed = recorded(run)
+        else:
+            run.predict_averaged = in_precision(run.ema.module, bf16)
+        losses = [loss.clone() for loss in run.steps(images)]
+        run.check()
+        results.append((torch.stack(losses), [run.held_out_loss([held_out]) for _ in range(6)], run.checkpoint()))
+    plain, replayed = results
+    assert torch.equal(plain[0], replayed[0])
+    assert plain[1] == replayed[1]
+    assert_same(dict(plain[2]), dict(replayed[2]))
+    assert graphed.graph.replays == 12 - device.WARM_UP_CALLS  # type: ignore[union-attr]
+
+
+def test_recorded_sampling_draws_the_plain_images_also_in_a_smaller_last_batch() -> None:
+    model, schedule = tiny_run.Tiny(), NoiseSchedule()
+    graphed = noise_predictor(model)
+    assert isinstance(graphed, GraphedFunction)
+    images = sample_images(graphed, schedule, 10, steps=7, batch_size=4)
+    expected = sample_images(in_precision(model, bf16=False), schedule, 10, steps=7, batch_size=4)
+    assert graphed.graph.replays == 3 * 7 - device.WARM_UP_CALLS  # type: ignore[union-attr]
+    assert (images.int() - expected.int()).abs().max() <= 1  # a convolution of 4 images adds up otherwise than of 2
+
+
+def test_a_run_restored_after_its_step_was_recorded_goes_on_from_there(images: Tensor, tmp_path: Any) -> None:
+    run = tiny_run.make_trainer(epochs=4)
+    graphed = recorded(run)
+    steps = run.steps(images)
+    for _ in range(3):
+        next(steps)
+    saved = copy.deepcopy(run.checkpoint())
+    uncut = [loss.item() for _, loss in zip(range(6), steps)]
+    assert graphed.graph is not None
+    run.restore(saved, tmp_path / "checkpoint.pt")
+    assert [loss.item() for _, loss in zip(range(6), run.steps(images))] == uncut
+
+
+@pytest.mark.parametrize("fault", ["item", "memory"])
+def test_a_capture_that_fails_is_told_and_what_follows_is_computed(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x * (x.sum().item() if fault == "item" else 2)
+
+    graphed = GraphedFunction(function)
+    if fault == "memory":
+        monkeypatch.setattr(torch.cuda, "graph", lambda *a, **b: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    for n in range(device.WARM_UP_CALLS):
+        assert torch.equal(graphed(torch.full((2,), n)), function(torch.full((2,), n)))
+    if fault == "memory":
+        with pytest.raises(RuntimeError, match="out of memory"):
+            graphed(torch.ones(2))
+        return
+    for n in range(3):
+        assert torch.equal(graphed(torch.full((2,), n)), function(torch.full((2,), n)))
+    assert capsys.readouterr().err.count("warning: going on without a CUDA graph") == 1
+
+
+def test_the_stand_in_shows_a_number_that_was_baked_in() -> None:
+    numbers = iter(range(100))
+    graphed = GraphedFunction(lambda x: x + next(numbers))
+    results = [graphed(torch.zeros(1)).item() for _ in range(8)]
+    assert results == [0, 1, 2, 3, 3, 3, 3, 3]
