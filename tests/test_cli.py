@@ -129,7 +129,7 @@ def test_ddpm_takes_a_thousand_steps_by_default(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_stage(E, "test", "--run-dir", run_dir, "--num-images", 1, "--output", tmp_path / "grid.png") == 0
-    assert "1 images by ddpm in 1000 steps, ema weights" in capsys.readouterr().out
+    assert "1 image by ddpm in 1000 steps, ema weights" in capsys.readouterr().out
 
 
 def test_film_and_trajectory_are_of_the_pictures_in_the_grid(run_dir: Path, tmp_path: Path) -> None:
