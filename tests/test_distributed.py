@@ -111,6 +111,29 @@ def test_a_checkpoint_of_two_processes_goes_on_with_three_or_one(tmp_path: Path,
         assert apart < 0.1 * moved  # Adam makes much of rounding errors of gradients near zero
 
 
+UNUSED = """
+import torch
+from torch import nn
+from common.run.cli import main
+from common.run.options import Stage
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(3))
+        self.net = nn.Conv2d(3, 3, 3, padding=1)
+    def forward(self, x, t):
+        return self.net(x)
+main(Stage("part_h.py", "Part H.", lambda args: Model()))
+"""
+
+
+def test_a_parameter_without_gradient_is_no_trouble_for_several_processes(tmp_path: Path, shapes_dir: Path) -> None:
+    words = ["--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--device", "cpu"]
+    for status, _, error in run(2, "-c", UNUSED, "train", *words, "--batch-size", 4, "--max-steps", 2):
+        assert status == 0, error
+    assert checkpoint.load(tmp_path / "checkpoint.pt", "part_h")["progress"]["step"] == 2
+
+
 def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
     command = [
         sys.executable,

@@ -22,6 +22,7 @@ from common.diffusion import NoiseSchedule
 from common.run import checkpoint
 from common.run.datasets import load_images
 from common.run.errors import UsageError, UserError
+from common.run.folder import one_at_a_time
 from common.run.loop import train
 from common.run.pictures import sample_images
 from tests import tiny_run
@@ -142,6 +143,45 @@ def test_a_long_name_can_be_written(tmp_path: Path, short: tuple[object, ...]) -
     options = ("--num-images", 1, "--steps", 1, "--output", output)
     assert run_stage(A, "test", "--run-dir", tmp_path / "run", *options) == 0
     assert output.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("model_options", {"norm_groups": 7}),
+        ("progress", {"seen": 50_000}),
+        ("optimizer", {0: {"step": torch.ones(()), "exp_avg": torch.tensor(torch.nan), "exp_avg_sq": torch.zeros(())}}),
+        ("format", torch.zeros(3)),
+    ],
+)
+def test_what_is_wrong_in_a_checkpoint_is_not_blamed_on_the_command_line(
+    part: str, change: Any, tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved[part] = {**saved[part], **change} if isinstance(change, dict) else change
+    torch.save(saved, path)
+    capsys.readouterr()
+    assert run_stage(A, "train", *short, "--max-steps", 2, "--resume") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    assert run_stage(A, "test", "--run-dir", tmp_path) == 1
+    assert "no checkpoint there" in capsys.readouterr().err
+
+
+def test_what_a_process_waits_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with one_at_a_time(tmp_path):
+        waiting = threading.Thread(target=lambda: one_at_a_time(tmp_path).__enter__(), daemon=True)
+        waiting.start()
+        time.sleep(0.5)
+        assert waiting.is_alive()
+        assert "waiting for another process" in capsys.readouterr().err
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_a_home_folder_of_nobody_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

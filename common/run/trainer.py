@@ -146,11 +146,11 @@ class Run(Trainer):
         checkpoint.load_weights(self.ema.module, saved["ema"], path)
         moments = saved["optimizer"]
         with checkpoint.reading(path):
-            for n, parameter in enumerate(self.model.parameters()):
-                for name in ("exp_avg", "exp_avg_sq") if moments[n] is not None else ():
-                    if moments[n][name].shape != parameter.shape or not moments[n][name].isfinite().all():
-                        raise ValueError(f"the optimizer's state of parameter {n} has another shape, or is not finite")
             state = {n: state for n, state in moments.items() if state is not None}
+            for n, parameter in enumerate(self.model.parameters()):
+                pair = (moments[n]["exp_avg"], moments[n]["exp_avg_sq"]) if moments[n] is not None else ()
+                if not all(moment.shape == parameter.shape and moment.isfinite().all() for moment in pair):
+                    raise ValueError(f"the optimizer's state of parameter {n} has another shape, or is not finite")
             param_groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
         if isinstance(self.gradient_step, GraphedFunction):
