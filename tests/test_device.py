@@ -4,6 +4,7 @@ import copy
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,54 @@ def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> Non
 def test_a_device_that_is_not_there_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="--device"):
         pick_device("cuda" if not torch.cuda.is_available() else "mps")
+
+
+@pytest.mark.parametrize("fault", ["no kernel image is available for execution on the device", "driver too old"])
+def test_a_gpu_that_this_pytorch_cannot_use_is_told_and_left_alone(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ones(*shape: object, **options: object) -> torch.Tensor:
+        raise RuntimeError(f"CUDA error: {fault}\nmore lines")
+
+    def is_available() -> bool:
+        if fault == "driver too old":
+            warnings.warn("driver too old", stacklevel=1)
+        return fault != "driver too old"
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
+    monkeypatch.setattr(torch, "ones", ones)
+    assert pick_device("auto").type in ("cpu", "mps")
+    warning = capsys.readouterr().err
+    assert fault in warning
+    assert warning.count("\n") == 1
+    with pytest.raises(UsageError, match=f"argument --device: .*{fault}"):
+        pick_device("cuda")
+
+
+def test_a_gpu_whose_memory_is_full_is_no_reason_to_take_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ones(*shape: object, **options: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pick_device("auto")
+
+
+def test_where_pytorch_refuses_to_compile_the_model_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: nn.Module, **options: object) -> None:
+        raise RuntimeError("fatal error: Python.h: No such file or directory")
+
+    monkeypatch.setattr(nn.Module, "compile", refuse)
+    model = Small()
+    compile_model(model, batch_size=4)
+    assert model(torch.randn(4, 3, 32, 32), torch.arange(4)).shape == (4, 3, 32, 32)
+    assert "install python3-dev" in capsys.readouterr().err
 
 
 def test_training_is_compiled_as_chosen_or_where_that_pays() -> None:

@@ -167,6 +167,48 @@ def test_what_is_wrong_in_a_checkpoint_is_not_blamed_on_the_command_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_eval_into_a_full_device_keeps_its_numbers(tmp_path: Path, short: tuple[object, ...]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    data = short[short.index("--data-dir") + 1]
+    words = [sys.executable, f"{A}.py", "eval", "--run-dir", tmp_path / "run", "--data-dir", data, "--num-images", "2"]
+    done = subprocess.run(f"{shlex.join(map(str, words))} >/dev/full", shell=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
+@pytest.mark.parametrize("damage", [0, 8, 40])
+def test_a_damaged_data_set_of_ones_own_is_drawn_again(damage: int, kept_shapes: Path) -> None:
+    path = kept_shapes / "shapes.npz"
+    contents = bytearray(path.read_bytes())
+    contents[damage] ^= 0xFF  # the magic number, the compression method, the name
+    path.write_bytes(contents)
+    assert len(load_images("shapes", kept_shapes)) == 50_000
+
+
+@pytest.mark.parametrize(("name", "value"), [("MASTER_PORT", "99999999"), ("RANK", "2"), ("MASTER_PORT", "x")])
+def test_senseless_variables_of_a_launcher_are_named(name: str, value: str) -> None:
+    group = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}
+    command = [sys.executable, f"{A}.py", "test"]
+    environment = {**os.environ, **group, name: value}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"environment variable {name}: is {value!r}" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_where_stderr_is_no_terminal_a_line_tells_now_and_then_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("common.run.report.LINE_EVERY", 0)
+    images = tiny_run.make_images()
+    train(tiny_run.make_trainer(epochs=2), images, images, tmp_path, sample_every=0)
+    line = r"^epoch (\d)/2: (\d+) of 44 images, train loss \d\.\d+, \d+ images/s, \d\d:\d\d left$"
+    lines = re.findall(line, capsys.readouterr().err, re.MULTILINE)
+    assert lines == [("1", "16"), ("1", "32"), ("2", "16"), ("2", "32")]
+
+
 def test_a_pipe_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "checkpoint.pt")
     assert run_stage(A, "test", "--run-dir", tmp_path) == 1

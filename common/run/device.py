@@ -59,6 +59,8 @@ def _why_no_gpu() -> str:
         try:
             torch.ones(1, device=torch.device("cuda", distributed.LOCAL_RANK)).add(1).item()
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             gpu = f"{torch.cuda.get_device_name(distributed.LOCAL_RANK)} cannot be used by PyTorch {torch.__version__}"
             return f"{gpu} ({str(error).splitlines()[0]}); https://pytorch.org/get-started/locally lists other builds"
     return ""

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -75,8 +75,9 @@ def stop() -> None:
 def exit_after_error(status: int) -> NoReturn:
     """Ends the process; of several, at once: tidying up could wait for one that is gone."""
     if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # there is none, or nobody reads it
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 

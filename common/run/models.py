@@ -26,15 +26,21 @@ from common.run.options import (
 MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
 
-def build_model(stage: Stage, model_options: dict[str, Any]) -> nn.Module:
+def build_model(stage: Stage, model_options: dict[str, Any], path: Path | None = None) -> nn.Module:
     """Makes a stage's model, untrained.
 
+    Args:
+        path: the checkpoint that the options come from, if they do.
+
     Raises:
-        UsageError: the options do not make one.
+        UsageError: the options of the command line do not make one.
+        UserError: those of the checkpoint do not.
     """
     try:
         return stage.build_model(argparse.Namespace(**copy.deepcopy(model_options)))
     except ValueError as error:
+        if path:
+            raise UserError(f"{path}: damaged: no model can be made with its options: {error}") from error
         name, _, reason = str(error).partition(": ")  # of an argument, which has the name of its option
         raise UsageError(f"argument {flag(name)}: {reason}" if name in model_options else str(error)) from error
 
@@ -128,8 +134,7 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], bat
     if not options.output:
         distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     model_options = choose_model_options(stage, options, typed, path, saved)
-    with checkpoint.reading(path):
-        model = build_model(stage, model_options).eval()
+    model = build_model(stage, model_options, path).eval()
     checkpoint.load_weights(model, saved["ema"] if averaged else saved["model"], path)
     model.to(device)
     if options.compile:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common.data import random_seed, shuffled_batches, to_uint8
 from common.run import distributed
 from common.run.device import noise_predictor
-from common.run.errors import only_telling
+from common.run.errors import only_telling, tell
 from common.run.folder import plot_losses, write_log
 from common.run.pictures import sample_images, save_grid
 from common.run.trainer import Run
@@ -101,7 +101,7 @@ class Reporter:
         if self.bar.disable:
             left = tqdm.format_interval((self.total - self._seen()) / speed)
             line = f"{progress.seen:,} of {len(self.images):,} images, train loss {loss:.4f}, {speed:.0f} images/s"
-            print(f"epoch {progress.epoch + 1}/{epochs}: {line}, {left} left", file=sys.stderr)
+            tell(f"epoch {progress.epoch + 1}/{epochs}: {line}, {left} left")
         else:
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -77,8 +77,7 @@ def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device
             f"{run_options.batch_size} equally; give a multiple of {distributed.WORLD_SIZE}"
         )
     torch.manual_seed(run_options.seed)
-    with checkpoint.reading(source) if weights else nullcontext():
-        model = build_model(stage, model_options).to(device)
+    model = build_model(stage, model_options, source if weights else None).to(device)
     if weights and not saved:
         checkpoint.load_weights(model, weights["ema"], source)
     if not any(parameter.requires_grad for parameter in model.parameters()):
