@@ -22,7 +22,8 @@ from common.likelihood import HELD_OUT_BLOCK, held_out_draws
 from common.run import checkpoint
 from common.run.datasets import load_images
 from common.run.errors import UserError
-from common.run.options import Stage, saved_model_options
+from common.run.models import build_model, saved_model_options
+from common.run.options import Stage
 
 RANGES = 10  # of the time steps
 
@@ -60,7 +61,7 @@ def main() -> None:
     try:
         saved = checkpoint.load(path, stage.name, ema_only=True)
         images = load_images("cifar10", options.data_dir, train=False)
-        model = stage.build_model(argparse.Namespace(**saved_model_options(stage, saved["model_options"]))).eval()
+        model = build_model(stage, saved_model_options(stage, saved, path), path).eval()
         model.load_state_dict(saved["ema"])
         errors = errors_by_range(model, images)
     except UserError as error:

@@ -50,7 +50,7 @@ def kept_shapes(shapes_dir: Path, tmp_path: Path) -> Path:
 # Work that is lost
 
 
-@pytest.mark.parametrize("name", ["samples/photo.png", "log.csv", "eval.json", "loss.png", "samples.png"])
+@pytest.mark.parametrize("name", ["samples/photo.png", "log.csv", "eval.json", "samples.png"])
 @pytest.mark.parametrize("option", ["--overwrite", "--resume", None])
 def test_a_folder_with_files_of_others_is_refused_and_left_alone(
     name: str, option: str | None, tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
@@ -259,7 +259,7 @@ def fail(*arguments: Any, **options: Any) -> None:
     raise ValueError("no such backend")
 
 
-@pytest.mark.parametrize("what", ["plot_losses", "write_log", "save_grid", "sample_images"])
+@pytest.mark.parametrize("what", ["write_log", "save_grid", "sample_images"])
 def test_what_only_tells_of_a_run_never_ends_it(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,6 @@
 import csv
 import importlib
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from common.run import checkpoint
 from common.run.checkpoint import RunOptions
 from common.run.device import use_bf16
 from common.run.errors import UserError
-from common.run.folder import plot_losses
 from common.run.loop import train
 from common.run.trainer import Run
 from common.training import AveragedWeights, Trainer, TrainingOptions
@@ -328,37 +326,6 @@ def test_held_out_loss_in_the_log_is_that_of_the_averaged_weights(images: Tensor
     with torch.no_grad():
         losses = [diffusion_loss(model, NoiseSchedule(), x0[i : i + 1], t[i : i + 1], noise[i : i + 1]) for i in t]
     assert float(read_log(tmp_path)[-1]["held_out_loss"]) == pytest.approx(torch.cat(losses).mean().item(), abs=2e-6)
-
-
-def test_losses_are_plotted_from_the_log(images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    train(make_trainer(), images, images, tmp_path, sample_every=0)
-    drawn = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
-    assert drawn.shape == (600, 900, 3)
-    assert drawn.mean() > 200  # lines on white
-    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 100
-    (tmp_path / "log.csv").write_text((tmp_path / "log.csv").read_text().rsplit("\n", 2)[0] + "\n")
-    plot_losses(tmp_path)
-    assert (np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")) != drawn).any()
-
-
-def test_losses_are_plotted_in_a_folder_of_any_name(images: Tensor, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    run_dir = tmp_path / os.fsdecode(b"loss_$x^{$\xff")
-    train(make_trainer(epochs=1), images, images, run_dir, sample_every=0)
-    assert (run_dir / "loss.png").exists()
-
-
-def test_without_matplotlib_there_is_no_plot_and_no_complaint(
-    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("common.run.report.PLOT_EVERY", 0)
-    train(make_trainer(), images, images, tmp_path, sample_every=0)
-    assert not (tmp_path / "loss.png").exists()
-    error = capsys.readouterr().err
-    assert "epoch 3/3" in error
-    assert "warning" not in error
 
 
 def test_a_loss_that_is_no_number_stops_the_run(images: Tensor, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         options, typed = parse(stage, argv)
         command = {"train": train, "test": test, "eval": evaluate}[options.command]
         keep_freed_memory()
-        if typed & model_defaults(stage).keys():
+        if typed.keys() & model_defaults(stage).keys():
             refuse_model_that_is_too_large(stage, options)
         distributed.start()
         status = command(stage, options, typed)

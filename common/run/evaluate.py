@@ -4,7 +4,7 @@ import argparse
 import json
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from common.run.test import draw, sampling_steps
 Report = dict[str, Any]
 
 
-def evaluate(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Measures what a stage has learned. Returns the exit status."""
     steps = sampling_steps(options)
     trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)

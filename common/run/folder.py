@@ -1,9 +1,8 @@
-"""What lies in a run folder beside the checkpoint: the lock, log.csv and the curve drawn from it."""
+"""What lies in a run folder beside the checkpoint: the lock and log.csv."""
 
 import csv
 import io
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MARK = ".run.lock"  # whoever finds it in a folder knows that a run was begun there
-RUN_FILES = ("checkpoint.pt", "log.csv", "loss.png", "samples.png", "eval.json", "samples")
+RUN_FILES = ("checkpoint.pt", "log.csv", "samples.png", "eval.json", "samples")
 
 
 @contextmanager
@@ -38,7 +37,7 @@ def locked(run_dir: Path) -> Iterator[None]:
             raise UsageError(
                 f"--run-dir {run_dir}: another process is training there; wait for its end, or name another folder"
             ) from error
-        for name in ("checkpoint.pt", "log.csv", "loss.png"):
+        for name in ("checkpoint.pt", "log.csv"):
             for left_by_a_death in run_dir.glob(f".{name}.*.tmp"):
                 left_by_a_death.unlink()
         yield
@@ -94,31 +93,3 @@ def write_log(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerows(rows)
     with atomic_write(run_dir / "log.csv") as file:
         file.write(text.getvalue().encode())
-
-
-def plot_losses(run_dir: Path) -> None:
-    """Draws loss.png from log.csv, the training loss and the held-out one by epoch, where matplotlib is installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, ScalarFormatter
-    except ImportError:
-        return
-    with open(run_dir / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    epochs = [int(row["epoch"]) for row in rows]
-    axes.plot(epochs, [float(row["train_loss"]) for row in rows], ".-", label="training images, as the weights change")
-    axes.plot(epochs, [float(row["held_out_loss"]) for row in rows], ".-", label="held-out images, averaged weights")
-    axes.set(xlabel="epoch", ylabel="mean squared error of the predicted noise", yscale="log")
-    axes.set_title(run_dir.name.encode(errors="replace").decode(), parse_math=False)  # any name, also one with a $
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
-    axes.grid(which="both", alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure)
-    with atomic_write(run_dir / "loss.png") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that its font lacks
-        figure.savefig(file, format="png")

@@ -79,7 +79,7 @@ def train(
             if is_first and (is_over or is_due):
                 checkpoint.save(run_dir / "checkpoint.pt", run.checkpoint())
             if is_first:  # after saving: what took time to compute comes before what only tells of it
-                reporter.tell(is_over, in_haste=bool(received))
+                reporter.tell(in_haste=bool(received))
 
             if is_over:
                 break

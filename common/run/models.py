@@ -14,14 +14,7 @@ from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
 from common.run.device import compile_model, pick_device, use_bf16
 from common.run.errors import UsageError, UserError
-from common.run.options import (
-    Stage,
-    check_saved_training_options,
-    could_be_saved,
-    flag,
-    model_defaults,
-    saved_model_options,
-)
+from common.run.options import Stage, check_training_options, flag, model_defaults
 
 MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
@@ -38,33 +31,45 @@ def build_model(stage: Stage, model_options: dict[str, Any], path: Path | None =
     """
     try:
         return stage.build_model(argparse.Namespace(**copy.deepcopy(model_options)))
-    except ValueError as error:
+    except Exception as error:
         if path:
-            raise UserError(f"{path}: damaged: no model can be made with its options: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: damaged: no model can be made with its options: {reason}") from error
+        if not isinstance(error, ValueError):
+            raise
         name, _, reason = str(error).partition(": ")  # of an argument, which has the name of its option
         raise UsageError(f"argument {flag(name)}: {reason}" if name in model_options else str(error)) from error
 
 
-def choose_model_options(
-    stage: Stage, options: argparse.Namespace, typed: set[str], path: Path, saved: Checkpoint | None
-) -> dict[str, Any]:
-    """The stage's model options: those of the checkpoint, if there is one.
+def new_model_options(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
+    """The model options of the command line.
 
     Raises:
-        UsageError: one that was typed contradicts it.
+        UsageError: a checkpoint would not bring one back as it is.
     """
     asked = {name: getattr(options, name) for name in model_defaults(stage)}
-    if saved is None:
-        for name, value in asked.items():
-            if not (checkpoint.survives(value) and could_be_saved(stage, name, value)):
-                raise UsageError(
-                    f"argument {flag(name)}: a checkpoint cannot carry {value!r}; make it a number or a text"
-                )
-        return asked
+    for name, value in asked.items():
+        if not checkpoint.survives(value):
+            raise UsageError(f"argument {flag(name)}: a checkpoint cannot carry {value!r}; make it a number or a text")
+    return asked
+
+
+def saved_model_options(
+    stage: Stage, saved: Checkpoint, path: Path, typed: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The model options of a checkpoint, which was read from `path`; one that it lacks, being older, has its default.
+
+    Raises:
+        UserError: its options are not this stage's.
+        UsageError: one that was typed contradicts it.
+    """
+    defaults = model_defaults(stage)
     with checkpoint.reading(path):
-        model_options = saved_model_options(stage, saved["model_options"])
-        check_saved_training_options(stage, saved["training_options"])
-    refuse_contradictions({name: asked[name] for name in typed & asked.keys()}, model_options, path)
+        check_training_options(saved["training_options"])
+        model_options = defaults | saved["model_options"]
+        if model_options.keys() != defaults.keys():
+            raise ValueError(f"there is no option {', '.join(model_options.keys() - defaults.keys())}")
+    refuse_contradictions({n: value for n, value in (typed or {}).items() if n in defaults}, model_options, path)
     return model_options
 
 
@@ -115,7 +120,7 @@ class TrainedModel(NamedTuple):
     steps: int
 
 
-def load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], batch_size: int) -> TrainedModel:
+def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any], batch_size: int) -> TrainedModel:
     """The model that `test` and `eval` use; where it is to be compiled, for batches of that size."""
     path = shipped_weights(stage) if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
     folder = options.run_dir / "pretrained" if options.pretrained else path.parent
@@ -133,8 +138,7 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: set[str], bat
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
     if not options.output:
         distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    model_options = choose_model_options(stage, options, typed, path, saved)
-    model = build_model(stage, model_options, path).eval()
+    model = build_model(stage, saved_model_options(stage, saved, path, typed), path).eval()
     checkpoint.load_weights(model, saved["ema"] if averaged else saved["model"], path)
     model.to(device)
     if options.compile:

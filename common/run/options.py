@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from common.run.pictures import SAMPLERS
 from common.training import TrainingOptions
 
 MAX_SAMPLES = 100_000
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class OptionGroup(Protocol):
@@ -70,6 +72,55 @@ class Stage:
         return Path(self.file).resolve().parent / "assets" / "weights" / f"{self.name}.pt"
 
 
+# Types of options: each turns a word of the command line into a value, or says what is wrong with it
+
+
+def _number(word: str, kind: Callable[[str], Any], accept: Callable[[Any], bool], expected: str) -> Any:
+    try:
+        value = kind(word)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {word!r}")
+    return value
+
+
+def whole_number(low: int, high: int = 10**9, multiple_of: int = 1) -> Callable[[str], int]:
+    """A type of option: a whole number from `low` to `high`, both of them multiples of `multiple_of`."""
+    kind = "a whole number" if multiple_of == 1 else f"a multiple of {multiple_of},"
+    accept = range(low, high + 1, multiple_of).__contains__
+    return partial(_number, kind=int, accept=accept, expected=f"{kind} from {low} to {high}")
+
+
+positive_float = partial(_number, kind=float, accept=lambda value: 0 < value < math.inf, expected="a positive number")
+seed = whole_number(0, 2**63 - 1)
+
+
+def path(word: str) -> Path:
+    """A file or a folder; ~ is the home folder also where the shell leaves it."""
+    if not word:
+        raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:  # of an unknown user
+        raise argparse.ArgumentTypeError(f"{word}: {error}") from error
+
+
+def _url(word: str) -> str:
+    if not word.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"must start with http:// or https://, got {word!r}")
+    return word
+
+
+TRAINING_TYPES: dict[str, Callable[[str], Any]] = {  # of numbers that a checkpoint carries too
+    "epochs": whole_number(1),
+    "batch_size": whole_number(1, TRAINING_IMAGES),
+    "lr": positive_float,
+    "ema_decay": partial(_number, kind=float, accept=lambda value: 0 <= value < 1, expected="from 0 to below 1"),
+    "seed": seed,
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are a UsageError, which `cli.main` turns into one line."""
 
@@ -84,94 +135,37 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.help and "default:" in action.help else super()._get_help_string(action)
 
 
-def parse(stage: Stage, argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """The options' values, and the names of the options that the command line gives."""
+def parse(stage: Stage, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options' values, and of them those that the command line gives, by name."""
+    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     parser, commands = make_parser(stage)
     options = parser.parse_args(argv)
     for command in commands:  # what is not None without defaults was typed
         command.set_defaults(**dict.fromkeys(vars(options)))
-    typed = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     return options, typed
-
-
-class _Recorder(argparse.ArgumentParser):
-    """An ArgumentParser that remembers its options."""
-
-    def __init__(self) -> None:
-        super().__init__(add_help=False, conflict_handler="resolve")
-        self.actions: list[argparse.Action] = []
-
-    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        self.actions.append(super().add_argument(*names, **settings))
-        return self.actions[-1]
-
-
-def _actions(*add_options: AddOption) -> dict[str, argparse.Action]:
-    """What argparse knows of each option that these functions add, by name."""
-    recorder = _Recorder()
-    for add_option in add_options:
-        add_option(recorder)
-    return {action.dest: action for action in recorder.actions}
 
 
 def model_defaults(stage: Stage) -> dict[str, Any]:
     """The model options of a stage, by name, with their defaults."""
-    return {name: action.default for name, action in _actions(*stage.model_options).items()}
+    parser = _Parser(add_help=False)
+    for add_option in stage.model_options:
+        add_option(parser)
+    return vars(parser.parse_args([]))
 
 
-def saved_model_options(stage: Stage, saved: dict[str, Any]) -> dict[str, Any]:
-    """The model options of a checkpoint; one that it does not name, because it is older, has its default.
-
-    Raises:
-        argparse.ArgumentTypeError, TypeError, ValueError: they could not have come from the command line.
-    """
-    actions = _actions(*stage.model_options)
-    _check_saved(actions, saved)
-    return {name: saved.get(name, action.default) for name, action in actions.items()}
-
-
-def could_be_saved(stage: Stage, name: str, value: Any) -> bool:
-    """Whether a checkpoint with this value of a model option would be accepted again."""
-    try:
-        saved_model_options(stage, {name: value})
-    except Exception:  # what a stage's own type of option makes of a text, there is no end of
-        return False
-    return True
-
-
-def check_saved_training_options(stage: Stage, saved: dict[str, Any]) -> None:
-    """Makes sure that the training options of a checkpoint could have come from the command line.
+def check_training_options(saved: dict[str, Any]) -> None:
+    """Makes sure that the training options of a checkpoint could have been typed.
 
     Raises:
-        argparse.ArgumentTypeError, TypeError, ValueError: they could not.
+        argparse.ArgumentTypeError, ValueError: they could not.
     """
-    actions = _actions(
-        partial(_add_training_options, stage=stage),
-        partial(_add_data_options, choose=True),
-        partial(_add_common_options, stage=stage),
-        hflip,  # which every checkpoint carries; a stage's own takes its place
-        *stage.training_options,
-    )
-    _check_saved(actions, saved)
-
-
-def _check_saved(actions: dict[str, argparse.Action], saved: dict[str, Any]) -> None:
-    for name, value in saved.items():
-        if name not in actions or not _could_be_typed(actions[name], value):
-            raise ValueError(f"its option {name} is {value!r}")
-
-
-def _could_be_typed(action: argparse.Action, value: Any) -> bool:
-    """Whether the command line could give an option that value."""
-    if type(value) is type(action.default) and value == action.default:
-        return True
-    if action.nargs == 0:  # a flag, a count or a constant
-        return isinstance(value, (bool, int)) or value == action.const
-    if isinstance(value, list) != (action.nargs is not None):
-        return False
-    convert = action.type if callable(action.type) else str
-    values = value if isinstance(value, list) else [value]
-    return all(convert(str(v)) == v and (action.choices is None or v in action.choices) for v in values)
+    for name, convert in TRAINING_TYPES.items():
+        if convert(str(saved[name])) != saved[name]:
+            raise ValueError(f"its option {name} is {saved[name]!r}")
+    for name, choices in (("dataset", DATASETS), ("precision", PRECISIONS)):
+        if saved[name] not in choices:
+            raise ValueError(f"its option {name} is {saved[name]!r}")
 
 
 def flag(name: str) -> str:
@@ -197,7 +191,7 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
         for add_option in stage.training_options:
             add_option(training)
         if command is train:
-            _add_training_options(training, stage)
+            _add_training_options(training, stage.epochs)
             _add_data_options(command.add_argument_group("data"), choose=True)
             _add_run_options(command.add_argument_group("run"))
         else:
@@ -211,15 +205,17 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
     return parser, [train, test, evaluate]
 
 
-def _add_training_options(group: OptionGroup, stage: Stage) -> None:
-    add, new = group.add_argument, TrainingOptions
-    size = whole_number(1, TRAINING_IMAGES)
-    average = "how slowly the averaged weights follow, at most: early in training they follow faster; 0: no averaging"
-    add("--epochs", type=whole_number(1), default=stage.epochs, help="passes over the training images")
-    add("--batch-size", type=size, default=new.batch_size, help="images per step, of all processes together")
-    add("--lr", type=positive_float, default=new.lr, help="Adam's learning rate")
-    add("--ema-decay", type=_decay, default=new.ema_decay, help=average)
-    add("--seed", type=seed, default=new.seed, help="of weights, order, time steps, noise and flips")
+def _add_training_options(group: OptionGroup, epochs: int) -> None:
+    texts = {
+        "epochs": "passes over the training images",
+        "batch_size": "images per step, of all processes together",
+        "lr": "Adam's learning rate",
+        "ema_decay": "share that the averaged weights keep at each step, at most (less early on); 0: no averaging",
+        "seed": "of weights, order, time steps, noise and flips",
+    }
+    defaults = TrainingOptions(epochs=epochs)
+    for name, text in texts.items():
+        group.add_argument(flag(name), type=TRAINING_TYPES[name], default=getattr(defaults, name), help=text)
 
 
 def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
@@ -233,13 +229,11 @@ def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
 def _add_run_options(group: OptionGroup) -> None:
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     go_on = "continue the run in the run folder, if there is one; options given here replace its own"
-    shipped = "begin a new run with the weights that come with the project, in assets/weights"
     add("--max-steps", type=whole_number(1), help="optimiser steps to stop after, in all (default: no limit)")
     add("--sample-every", type=whole_number(0), default=10, help="epochs between two sample grids; 0: none")
     add("--checkpoint-every", type=whole_number(1), help="steps between two checkpoints (default: one epoch)")
     add_either("--resume", action="store_true", help=go_on)
     add_either("--overwrite", action="store_true", help="discard the run in the run folder")
-    add("--pretrained", action="store_true", help=shipped)
 
 
 def _add_test_options(group: OptionGroup) -> None:
@@ -278,7 +272,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
 
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:
-    add, devices, precisions = group.add_argument, ("auto", "cpu", "cuda", "mps"), ("auto", "fp32", "bf16")
+    add, devices = group.add_argument, ("auto", "cpu", "cuda", "mps")
     precision = "auto: bf16 autocast on GPUs and x86 processors that multiply in bfloat16, else fp32"
     compiled = (
         "compile the model, which needs a C++ compiler (default: when training, on cuda and, in bf16, on processors "
@@ -286,7 +280,7 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
     )
     add("--run-dir", type=path, default=Path("runs") / stage.name, help="folder of the run")
     add("--device", choices=devices, default="auto", help="auto: the first of cuda, mps, cpu")
-    add("--precision", choices=precisions, default="auto", help=precision)
+    add("--precision", choices=PRECISIONS, default="auto", help=precision)
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
 
 
@@ -294,7 +288,7 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
 
 
 def model_channels(group: OptionGroup) -> None:
-    group.add_argument("--model-channels", type=multiple_of_32, default=32, help="width of the U-Net")
+    group.add_argument("--model-channels", type=whole_number(32, 1024, 32), default=32, help="width of the U-Net")
 
 
 def activation(group: OptionGroup) -> None:
@@ -325,56 +319,3 @@ class AnyOrder(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, sorted(set(values), reverse=True))
-
-
-# Types of options: they turn a word of the command line into a value or say what is wrong with it
-
-
-def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
-    """A type of option: a whole number within these bounds."""
-    return lambda word: _number(word, int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
-
-
-def positive_float(word: str) -> float:
-    """A finite number above 0."""
-    return _number(word, float, lambda value: 0 < value < math.inf, "a positive number")
-
-
-def multiple_of_32(word: str) -> int:
-    """A number of channels whose multiples `blocks.group_norm` can split evenly."""
-    return _number(word, int, lambda value: value in range(32, 1025, 32), "a multiple of 32, from 32 to 1024")
-
-
-def seed(word: str) -> int:
-    """A seed of random numbers."""
-    return _number(word, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
-
-
-def _decay(word: str) -> float:
-    return _number(word, float, lambda value: 0 <= value < 1, "a number from 0 up to, but not including, 1")
-
-
-def path(word: str) -> Path:
-    """A file or a folder; ~ is the home folder also where the shell leaves it."""
-    if not word:
-        raise argparse.ArgumentTypeError("must not be empty")
-    try:
-        return Path(word).expanduser()
-    except RuntimeError as error:  # of an unknown user
-        raise argparse.ArgumentTypeError(f"{word}: {error}") from error
-
-
-def _url(word: str) -> str:
-    if not word.startswith(("http://", "https://")):
-        raise argparse.ArgumentTypeError(f"must start with http:// or https://, got {word!r}")
-    return word
-
-
-def _number(word: str, kind: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Any:
-    try:
-        value = kind(word)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"must be {description}, got {word!r}")
-    return value

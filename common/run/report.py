@@ -1,6 +1,5 @@
-"""What a training shows of itself: the bar, a line now and then, log.csv, loss.png, grids of samples."""
+"""What a training shows of itself: the bar, a line now and then, log.csv, grids of samples."""
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -13,14 +12,13 @@ from common.data import random_seed, shuffled_batches, to_uint8
 from common.run import distributed
 from common.run.device import noise_predictor
 from common.run.errors import only_telling, tell
-from common.run.folder import plot_losses, write_log
+from common.run.folder import write_log
 from common.run.pictures import sample_images, save_grid
 from common.run.trainer import Run
 
 GRID_IMAGES = 64
 GRID_STEPS = 50  # of the DDPM sampler: DDIM's fifty draw loud colours and grain while the model is young
 LINE_EVERY = 60.0  # seconds between two lines within an epoch, where stderr is no terminal
-PLOT_EVERY = 30.0  # seconds at least between two drawings of the loss curve
 
 
 class Reporter:
@@ -44,7 +42,6 @@ class Reporter:
         hide = distributed.hides_bars()
         self.bar = tqdm(total=self.total, initial=self._seen(), unit=" images", disable=hide)
         self.shown = time.perf_counter()
-        self.plotted = -math.inf
 
     def begin(self) -> None:
         """Puts into the run folder what a new run begins with, or what an interruption has left out.
@@ -61,14 +58,8 @@ class Reporter:
             if self.run.progress.seen == 0:
                 self._save_sample_grid(again=False)
 
-    def tell(self, is_over: bool, in_haste: bool) -> None:
-        """Shows what has come of a step.
-
-        Args:
-            is_over: whether it was the last one.
-            in_haste: draw no samples.
-        """
-        log = self.run.progress.log
+    def tell(self, in_haste: bool) -> None:
+        """Shows what has come of a step; in haste, without drawing samples."""
         epoch_is_complete = self.run.progress.seen == 0
         with only_telling():
             self._show()
@@ -76,11 +67,7 @@ class Reporter:
             with only_telling():
                 self.bar.write(self._epoch_line(), file=sys.stderr)
             with only_telling():
-                write_log(self.run_dir, log)
-        if log and (is_over or (epoch_is_complete and time.perf_counter() - self.plotted > PLOT_EVERY)):
-            self.plotted = time.perf_counter()
-            with only_telling():
-                plot_losses(self.run_dir)
+                write_log(self.run_dir, self.run.progress.log)
         if epoch_is_complete and not in_haste:
             with only_telling():
                 self._save_sample_grid()

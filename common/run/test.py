@@ -1,7 +1,8 @@
 """The command `test`: draws a picture grid from the trained model, and on demand a film and a strip."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +28,7 @@ FILM_FRAMES = 50
 ENDINGS = {"--output": [".png"], "--film": list(FILM_FORMATS), "--trajectory": [".png"]}
 
 
-def test(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Draws what a stage has learned. Returns the exit status."""
     steps = sampling_steps(options)
     outputs = {"--output": options.output, "--film": options.film, "--trajectory": options.trajectory}

@@ -2,9 +2,11 @@
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,22 +16,21 @@ from common.run.datasets import load_images
 from common.run.device import compile_model, compiles_training, pick_device, use_bf16
 from common.run.errors import UsageError, UserError, counted, say
 from common.run.folder import RUN_FILES, is_run_folder, locked, remove_run
-from common.run.models import build_model, choose_model_options, refuse_contradictions, shipped_weights
+from common.run.models import build_model, new_model_options, refuse_contradictions, saved_model_options
 from common.run.options import Stage, flag
 from common.run.trainer import Run
 
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
 
 
-def train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
+def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Trains a stage. Returns the exit status."""
     run_dir: Path = options.run_dir
     is_first = distributed.RANK == 0
     device = pick_device(options.device)
     with ExitStack() as held:
-        distributed.on_first(lambda: _refuse_what_is_not_ours(stage, run_dir))
-        distributed.on_first(lambda: held.enter_context(locked(run_dir)))
-        run = _make_run(stage, options, typed, device)
+        saved = distributed.on_first(lambda: _take_run_folder(stage, options, held))
+        run = _make_run(stage, options, typed, saved, device)
         with distributed.first_of_machine_first():
             images, held_out = (
                 load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
@@ -57,19 +58,40 @@ def train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
         say(f"{run_dir / 'checkpoint.pt'}: {progress.epoch} of {counted(epochs, 'epoch')} done, {steps}{under_way}")
         is_finished = progress.epoch >= epochs
         verb = "draw pictures" if is_finished else "go on"
-        say(f"{verb} with: {_next_command(stage, options, typed, is_finished)}")
+        say(f"{verb} with: {_next_command(stage, typed, is_finished)}")
     return 128 + received if received else 0
 
 
-def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device: torch.device) -> Run:
-    """The run to train: the one in the run folder if --resume says so, or a new one."""
+def _take_run_folder(stage: Stage, options: argparse.Namespace, held: ExitStack) -> Checkpoint | None:
+    """Locks the run folder until `held` is left. Returns the checkpoint to go on from, if --resume finds one.
+
+    Raises:
+        UsageError: the folder has a run that may not be replaced, or files that no run has left there.
+    """
+    run_dir, path = options.run_dir, options.run_dir / "checkpoint.pt"
+    present = [name for name in RUN_FILES if (run_dir / name).exists()]
+    if present and not is_run_folder(run_dir):
+        if not path.exists():
+            raise UsageError(
+                f"--run-dir {run_dir}: there is no run, but {', '.join(present)}, which one would replace; "
+                "name another folder"
+            )
+        checkpoint.load(path, stage.name)  # without the rest of its run: it may have been copied there
+    held.enter_context(locked(run_dir))
+    if path.exists() and not options.resume and not options.overwrite:
+        raise UsageError(
+            f"--run-dir {run_dir}: there is a run already; continue it with --resume, "
+            "discard it with --overwrite, or name another folder"
+        )
+    return checkpoint.load(path, stage.name) if path.exists() and options.resume else None
+
+
+def _make_run(
+    stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any], saved: Checkpoint | None, device: torch.device
+) -> Run:
+    """The run to train: the saved one, or a new one."""
     path = options.run_dir / "checkpoint.pt"
-    saved = distributed.on_first(lambda: _find_run(stage, options, path))
-    source, weights = path, saved
-    if options.pretrained and not saved:
-        source = shipped_weights(stage)
-        weights = distributed.on_first(lambda: checkpoint.load(source, stage.name, ema_only=True))
-    model_options = choose_model_options(stage, options, typed, source, weights)
+    model_options = saved_model_options(stage, saved, path, typed) if saved else new_model_options(stage, options)
     run_options = _run_options(options, typed, path, saved)
     if run_options.batch_size % distributed.WORLD_SIZE:
         raise UsageError(
@@ -77,9 +99,7 @@ def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device
             f"{run_options.batch_size} equally; give a multiple of {distributed.WORLD_SIZE}"
         )
     torch.manual_seed(run_options.seed)
-    model = build_model(stage, model_options, source if weights else None).to(device)
-    if weights and not saved:
-        checkpoint.load_weights(model, weights["ema"], source)
+    model = build_model(stage, model_options, path if saved else None).to(device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no parameter that can be trained")
     run = Run(stage.name, model_options, model, run_options, use_bf16(run_options.precision, device))
@@ -88,37 +108,15 @@ def _make_run(stage: Stage, options: argparse.Namespace, typed: set[str], device
     return run
 
 
-def _refuse_what_is_not_ours(stage: Stage, run_dir: Path) -> None:
-    """Makes sure that a run in this folder replaces nothing but what an earlier run has left there."""
-    present = [name for name in RUN_FILES if (run_dir / name).exists()]
-    if not present or is_run_folder(run_dir):
-        return
-    if "checkpoint.pt" in present:  # without the rest of its run: it may have been copied there
-        checkpoint.load(run_dir / "checkpoint.pt", stage.name)
-    else:
-        raise UsageError(
-            f"--run-dir {run_dir}: there is no run, but {', '.join(present)}, which one would replace; "
-            "name another folder"
-        )
-
-
-def _find_run(stage: Stage, options: argparse.Namespace, path: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, if there is one and --resume is given."""
-    if path.exists() and not options.resume and not options.overwrite:
-        raise UsageError(
-            f"--run-dir {options.run_dir}: there is a run already; continue it with --resume, "
-            "discard it with --overwrite, or name another folder"
-        )
-    return checkpoint.load(path, stage.name) if path.exists() and options.resume else None
-
-
-def _run_options(options: argparse.Namespace, typed: set[str], path: Path, saved: Checkpoint | None) -> RunOptions:
+def _run_options(
+    options: argparse.Namespace, typed: Mapping[str, Any], path: Path, saved: Checkpoint | None
+) -> RunOptions:
     """The training options: those of the checkpoint, if there is one, changed by what was typed."""
-    asked = {f.name: getattr(options, f.name) for f in fields(RunOptions) if hasattr(options, f.name)}
+    names = [field.name for field in fields(RunOptions)]
     if saved is None:
-        return RunOptions(**asked)
-    changed = {name: asked[name] for name in typed & asked.keys()}
-    refuse_contradictions({n: changed[n] for n in changed if n in FIXED}, saved["training_options"], path)
+        return RunOptions(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    refuse_contradictions({name: typed[name] for name in FIXED if name in typed}, saved["training_options"], path)
+    changed = {name: typed[name] for name in names if name in typed}
     return replace(RunOptions(**saved["training_options"]), **changed)
 
 
@@ -134,7 +132,7 @@ def _announce(run: Run, num_images: int, run_dir: Path) -> None:
     )
 
 
-def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], is_finished: bool) -> str:
+def _next_command(stage: Stage, typed: Mapping[str, Any], is_finished: bool) -> str:
     """What to type after `train`: with those of the typed options that the checkpoint does not carry."""
     if distributed.WORLD_SIZE > 1 and not is_finished:
         return "the same torchrun command, and --resume"
@@ -143,9 +141,8 @@ def _next_command(stage: Stage, options: argparse.Namespace, typed: set[str], is
     if not is_finished:
         names += ["data_dir", "data_url", "compile", "sample_every", "checkpoint_every"]
     for name in names:
-        value = getattr(options, name)
-        if name in typed and isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
+        if isinstance(typed.get(name), bool):
+            words.append(flag(name) if typed[name] else flag(f"no_{name}"))
         elif name in typed:
-            words += [flag(name), str(value)]
+            words += [flag(name), str(typed[name])]
     return shlex.join(words)
