@@ -1,5 +1,6 @@
 """Images as one uint8 tensor, shuffled batches of it, and the random numbers of a step."""
 
+import random
 from collections.abc import Iterator
 
 import numpy as np
@@ -46,6 +47,14 @@ def to_uint8(images: Tensor) -> Tensor:
 def random_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
     """A generator on `device` whose draws depend on nothing but the arguments."""
     return torch.Generator(device).manual_seed(random_seed(seed, purpose, index))
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds whatever a training step may draw from: torch's generators, also for dropout, numpy's and Python's own."""
+    step_seed = random_seed(seed, "step", step)
+    torch.manual_seed(step_seed)
+    np.random.seed(step_seed % 2**32)
+    random.seed(step_seed)
 
 
 def random_seed(seed: int, purpose: str, index: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common.data import random_hflip, random_seed, shuffled_batches, to_float
+from common.data import random_hflip, seed_step, shuffled_batches, to_float
 from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
 
 
@@ -64,7 +64,7 @@ class Trainer:
         while progress.epoch < options.epochs:
             batches = shuffled_batches(images, options.batch_size, options.seed, progress.epoch, progress.seen)
             for batch, loss_weight in batches:
-                torch.manual_seed(random_seed(options.seed, "step", progress.step))  # of all that the step draws
+                seed_step(options.seed, progress.step)
                 x0 = self.augment(batch)
                 t = torch.randint(self.schedule.steps, (len(x0),), device=self.device)
                 noise = torch.randn_like(x0)

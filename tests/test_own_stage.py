@@ -1,10 +1,12 @@
 """A stage of one's own keeps the promises too, whatever its model is made of."""
 
 import argparse
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -215,3 +217,48 @@ def test_weights_that_are_not_finite_never_replace_good_ones(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the weights have not been finite since step 3, with --lr 1e+39" in error
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "message"),
+    [
+        (("--lr",), {"type": float}, "argument --lr: conflicting option string: --lr"),
+        (("--width",), {"required": True}, "required: --width; give each a default"),
+        (("width",), {}, "required: width; give each a default"),
+    ],
+)
+def test_an_option_that_cannot_be_one_of_the_model_is_told_in_one_line(
+    names: tuple[str, ...],
+    settings: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    run: Callable[[Stage, str], Run],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def add_option(group: OptionGroup) -> None:
+        group.add_argument(*names, **settings)
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny(), [add_option])
+    words = ("--width", "3") if names == ("--width",) else ("3",) if names == ("width",) else ()
+    assert run(stage, "run")("train", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_whatever_a_step_draws_from_it_is_seeded(tmp_path: Path, run: Callable[[Stage, str], Run]) -> None:
+    """Also where a model asks Python or numpy for random numbers."""
+
+    class Random(Tiny):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x, t) * (1 + random.random() + np.random.rand())
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Random())
+    for folder, cuts in (("uncut", [3]), ("cut", [1, 2, 3])):
+        for max_steps in cuts:
+            random.seed(max_steps)
+            np.random.seed(max_steps)
+            short = ("--dataset", "shapes", "--batch-size", 4, "--resume", "--max-steps", max_steps)
+            assert run(stage, folder)("train", *short) == 0
+    cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", "part_h") for folder in ("cut", "uncut"))
+    assert_same(dict(cut), dict(uncut))

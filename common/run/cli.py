@@ -1,5 +1,6 @@
 """The entry of every script: reads the command line, runs the command, and turns what goes wrong into one line."""
 
+import argparse
 import io
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from typing import NoReturn
 
 from common.run import distributed
 from common.run.device import is_out_of_memory, keep_freed_memory
-from common.run.errors import UserError, tell
+from common.run.errors import UsageError, UserError, tell
 from common.run.evaluate import evaluate
 from common.run.models import refuse_model_that_is_too_large
 from common.run.options import Stage, model_defaults, parse
@@ -32,6 +33,8 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(status)
     except UserError as error:
         message, status = str(error), error.exit_status
+    except argparse.ArgumentError as error:  # of a stage of one's own: an option that there is already, say
+        message, status = str(error), UsageError.exit_status
     except OSError as error:  # a full disk, say, or a folder that may not be written to
         message, status = f"{error.filename or options.run_dir}: {error.strerror or error}", 1
     except KeyboardInterrupt:

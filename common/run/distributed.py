@@ -32,7 +32,7 @@ def _number(name: str, default: int) -> int:
 
 WORLD_SIZE = max(1, _number("WORLD_SIZE", 1))  # how many processes there are
 RANK = min(_number("RANK", 0), WORLD_SIZE - 1)  # of all of them
-LOCAL_RANK = _number("LOCAL_RANK", 0)  # of those on this machine
+LOCAL_RANK = _number("LOCAL_RANK", 0) if WORLD_SIZE > 1 else 0  # of those on this machine
 
 
 def start() -> None:

@@ -151,7 +151,10 @@ def model_defaults(stage: Stage) -> dict[str, Any]:
     parser = _Parser(add_help=False)
     for add_option in stage.model_options:
         add_option(parser)
-    return vars(parser.parse_args([]))
+    try:
+        return vars(parser.parse_args([]))
+    except UsageError as error:
+        raise UsageError(f"model options: {error}; give each a default, for a checkpoint knows its own") from error
 
 
 def check_training_options(saved: dict[str, Any]) -> None:
