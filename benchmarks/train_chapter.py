@@ -3,6 +3,7 @@
     python benchmarks/train_chapter.py                               # every stage to its documented epochs
     python benchmarks/train_chapter.py --epochs 20 --minutes 600     # 20 epochs each; stops after ten hours
     python benchmarks/train_chapter.py --processes 8                 # eight processes a stage, by torchrun
+    python benchmarks/train_chapter.py --from-assets                 # goes on from the weights in assets/weights
     python benchmarks/train_chapter.py --report                      # the tables and pictures of what is there
 
 The stages take turns: each is trained up to one milestone before any is trained further, so that at any time all of
@@ -65,6 +66,8 @@ def train(letters: list[str], options: argparse.Namespace, more: list[str]) -> N
     for milestone in sorted({*MILESTONES, *goals.values()}):
         for letter in letters:
             run_dir = options.runs / STAGES[letter]
+            if options.from_assets:
+                begin_from_assets(letter, run_dir)
             if milestone > goals[letter]:
                 continue
             if epochs_done(letter, run_dir) < milestone:
@@ -78,6 +81,19 @@ def train(letters: list[str], options: argparse.Namespace, more: list[str]) -> N
                 if epochs_done(letter, run_dir) < milestone:
                     return  # the minutes are over
             keep(letter, run_dir, milestone)
+
+
+def begin_from_assets(letter: str, run_dir: Path) -> None:
+    """Lets a run that is not there begin where the weights in assets/weights stop: with their log, and a new Adam."""
+    path = run_dir / "checkpoint.pt"
+    source = ROOT / "assets" / "weights" / f"{STAGES[letter]}.pt"
+    if path.exists() or not source.exists():
+        return
+    saved = checkpoint.load(source, STAGES[letter], ema_only=True)
+    weights = {name: weight.float() if weight.is_floating_point() else weight for name, weight in saved["ema"].items()}
+    count = len([*new_model(letter).parameters()])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, {**saved, "model": weights, "ema": weights, "optimizer": dict.fromkeys(range(count))})
 
 
 def documented_epochs(letter: str) -> int:
@@ -347,6 +363,7 @@ def main() -> None:
     parser.add_argument("--processes", type=whole_number(1), default=1, help="that train a stage together (default: 1)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders (default: runs)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
+    parser.add_argument("--from-assets", action="store_true", help="go on from assets/weights where there is no run")
     parser.add_argument("--report", action="store_true", help="train nothing; fill assets/ from the runs")
     options, more = parser.parse_known_args()
     try:

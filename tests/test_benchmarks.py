@@ -21,6 +21,7 @@ from common.run.checkpoint import RunOptions
 from common.run.loop import train
 from common.run.pictures import save_grid
 from common.run.trainer import Run
+from part_a_cifar import Model
 from tests.tiny_run import Tiny
 
 
@@ -95,6 +96,20 @@ def test_weights_that_an_interruption_left_out_are_kept_the_next_time(
     run_chapter(monkeypatch, *words)
     assert len(campaign) == 1
     assert train_chapter.milestones(tmp_path / "part_a_cifar") == [1]
+
+
+def test_a_campaign_can_go_on_from_the_weights_that_come_with_the_project(tmp_path: Path, images: Tensor) -> None:
+    path = tmp_path / "run" / "checkpoint.pt"
+    train_chapter.begin_from_assets("A", path.parent)
+    saved = checkpoint.load(path, "part_a_cifar")
+    run = Run("part_a_cifar", {}, Model(), RunOptions(**saved["training_options"]))
+    run.restore(saved, path)
+    assert run.progress.epoch == len(run.progress.log) >= 5
+    next(run.steps(images))
+    checkpoint.save(path, run.checkpoint())
+    before = path.read_bytes()
+    train_chapter.begin_from_assets("A", path.parent)  # there is a run now
+    assert path.read_bytes() == before
 
 
 def test_the_report_fills_assets_from_the_runs(
