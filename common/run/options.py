@@ -278,8 +278,10 @@ def _add_sampling_options(group: OptionGroup) -> None:
 
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:
-    add, devices, precisions = group.add_argument, ("auto", "cpu", "cuda", "mps"), ("auto", "fp32", "bf16")
-    precision = "auto: bf16 autocast on GPUs and x86 processors that multiply in bfloat16, else fp32"
+    add, devices, precisions = group.add_argument, ("auto", "cpu", "cuda", "mps"), ("auto", "fp32", "bf16", "fp16")
+    precision = (
+        "auto: bf16 autocast on GPUs and x86 processors that have it, fp16 on GPUs that have only that, else fp32"
+    )
     compiled = (
         "compile the model, which needs a C++ compiler (default: when training, on cuda and, in bf16, on processors "
         "with AMX)"
