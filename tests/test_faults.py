@@ -304,6 +304,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, checkpoint_every: int | None
 ) -> None:
     """Also at the last step of an epoch, whose loss is still finite."""
+    monkeypatch.setattr("common.run.loop.SAVE_EVERY", 0)
     trainer = tiny_run.make_trainer(lr=3e-3)
     forward = trainer.model.forward
     monkeypatch.setattr(
@@ -353,6 +354,7 @@ def test_in_fp16_a_step_whose_gradient_overflows_is_skipped_and_the_run_goes_on(
 def test_in_fp16_gradients_that_no_scale_makes_fit_end_the_run_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("common.run.loop.SAVE_EVERY", 0)
     trainer, images = tiny_run.make_trainer("fp16"), tiny_run.make_images()
     explode_at(trainer, range(4, 1000), monkeypatch)
     with pytest.raises(UserError, match="--precision fp32"):

@@ -299,6 +299,19 @@ def test_bf16_autocast_learns_as_fp32_does(stage: str) -> None:
     assert means[1] == pytest.approx(means[0], rel=0.05)
 
 
+@pytest.mark.parametrize(("save_every", "saved_steps"), [(0, [3, 6, 9, 12]), (60, [12]), (2.5, [9, 12])])
+def test_a_checkpoint_is_saved_after_every_epoch_but_not_more_often_than_so_many_seconds(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: float, saved_steps: list[int]
+) -> None:
+    """With a clock that moves by a second an epoch. The last epoch is saved in any case."""
+    run, saved = tiny_run.make_trainer(epochs=4), []
+    monkeypatch.setattr("common.run.loop.SAVE_EVERY", save_every)
+    monkeypatch.setattr("common.run.loop.time.perf_counter", lambda: float(run.progress.step // 3))
+    monkeypatch.setattr(checkpoint, "save", lambda path, contents: saved.append(contents["progress"]["step"]))
+    train(run, images, images, tmp_path, sample_every=0)
+    assert saved == saved_steps
+
+
 # fp16, with a tiny network: most CPUs convert from and to it
 
 

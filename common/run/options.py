@@ -232,11 +232,12 @@ def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
 
 def _add_run_options(group: OptionGroup) -> None:
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    saving = "steps between two checkpoints (default: one epoch, or more if that takes less than 10 seconds)"
     go_on = "continue the run in the run folder, if there is one; options given here replace its own"
     shipped = "begin a new run with the weights that come with the project, in assets/weights"
     add("--max-steps", type=whole_number(1), help="optimiser steps to stop after, in all (default: no limit)")
     add("--sample-every", type=whole_number(0), default=10, help="epochs between two sample grids; 0: none")
-    add("--checkpoint-every", type=whole_number(1), help="steps between two checkpoints (default: one epoch)")
+    add("--checkpoint-every", type=whole_number(1), help=saving)
     add_either("--resume", action="store_true", help=go_on)
     add_either("--overwrite", action="store_true", help="discard the run in the run folder")
     add("--pretrained", action="store_true", help=shipped)
