@@ -41,12 +41,13 @@ from common.diffusion import NoiseSchedule, ddpm
 from common.run.checkpoint import RunOptions
 from common.run.datasets import IMAGE_SHAPE, load_images
 from common.run.device import (
+    DTYPES,
     compile_model,
     compiles_training,
     keep_freed_memory,
     noise_predictor,
     pick_device,
-    use_bf16,
+    pick_precision,
 )
 from common.run.errors import UserError
 from common.run.options import whole_number
@@ -92,11 +93,11 @@ def plain_training(stage: str, device: torch.device, data_dir: Path) -> Iterator
             yield
 
 
-def our_training(stage: str, device: torch.device, data_dir: Path, bf16: bool, compile: bool) -> Iterator[None]:
+def our_training(stage: str, device: torch.device, data_dir: Path, precision: str, compile: bool) -> Iterator[None]:
     model = new_model(stage).to(device)
-    run = Run(stage, {}, model, RunOptions(epochs=10**9, batch_size=BATCH_SIZE, hflip=stage in FLIPPED), bf16)
+    run = Run(stage, {}, model, RunOptions(epochs=10**9, batch_size=BATCH_SIZE, hflip=stage in FLIPPED), precision)
     if compile:
-        compile_model(model, BATCH_SIZE, bf16, training=True)
+        compile_model(model, BATCH_SIZE, precision, training=True)
     for _ in run.steps(load_images("cifar10", data_dir).to(device)):
         yield
 
@@ -108,11 +109,11 @@ def plain_sampling(stage: str, device: torch.device) -> Iterator[None]:
             yield
 
 
-def our_sampling(stage: str, device: torch.device, bf16: bool, compile: bool) -> Iterator[None]:
+def our_sampling(stage: str, device: torch.device, precision: str, compile: bool) -> Iterator[None]:
     model = new_model(stage).to(device).eval()
     if compile:
-        compile_model(model, SAMPLED, bf16)
-    predict_noise = noise_predictor(model, bf16)
+        compile_model(model, SAMPLED, precision)
+    predict_noise = noise_predictor(model, precision)
     for _ in itertools.count():
         for _ in ddpm(predict_noise, NoiseSchedule().to(device), *new_noise(device)):
             yield
@@ -132,7 +133,7 @@ def new_noise(device: torch.device) -> tuple[torch.Tensor, torch.Generator]:
 def work(connection: Connection, ours: bool, options: argparse.Namespace) -> None:
     """Does what it is asked for through the connection, and answers, until it is asked for nothing."""
     device = pick_device(options.device)
-    bf16 = ours and use_bf16(options.precision, device)
+    precision = pick_precision(options.precision if ours else "fp32", device)
     if ours:
         keep_freed_memory()
     steps: Iterator[None] = iter(())
@@ -142,14 +143,14 @@ def work(connection: Connection, ours: bool, options: argparse.Namespace) -> Non
         started = time.perf_counter()
         if what == "train":
             steps = (
-                our_training(argument, device, options.data_dir, bf16, options.compiled["train"])
+                our_training(argument, device, options.data_dir, precision, options.compiled["train"])
                 if ours
                 else plain_training(argument, device, options.data_dir)
             )
             next(steps)
         elif what == "sample":
             steps = (
-                our_sampling(argument, device, bf16, options.compiled["sample"])
+                our_sampling(argument, device, precision, options.compiled["sample"])
                 if ours
                 else plain_sampling(argument, device)
             )
@@ -161,7 +162,7 @@ def work(connection: Connection, ours: bool, options: argparse.Namespace) -> Non
             connection.send(peak_memory(device))
             continue
         elif what == "matmul":
-            connection.send(matmul_flops(device, torch.bfloat16 if bf16 else torch.float32))
+            connection.send(matmul_flops(device, DTYPES[precision]))
             continue
         synchronize(device)
         connection.send(time.perf_counter() - started)
@@ -302,7 +303,7 @@ def main() -> None:
     )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all seven")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours; plain is fp32")
+    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="ours; plain is fp32")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="ours (default: as part_*.py does)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns that each of the two takes")
@@ -315,9 +316,9 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"throughput.py: error: {error}")
 
-    bf16 = use_bf16(options.precision, device)
+    precision = pick_precision(options.precision, device)
     options.compiled = {
-        "train": compiles_training(options.compile, device, bf16),
+        "train": compiles_training(options.compile, device, precision),
         "sample": bool(options.compile),
     }
     with tqdm(total=2 * options.repeats * len(options.stages), unit=" turns", disable=None) as bar:
@@ -325,7 +326,7 @@ def main() -> None:
     report = {
         "machine": machine(device),
         "torch": torch.__version__,
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": precision,
         "compiled": options.compiled,
         "batch_size": BATCH_SIZE,
         "sampled": SAMPLED,

@@ -146,7 +146,7 @@ def test_whatever_bytes_there_are_the_answer_is_a_checkpoint_or_one_line(
     refusal = ""
     try:
         loaded = checkpoint.load(path, "part_a_cifar")
-        assert loaded.keys() >= Checkpoint.__annotations__.keys()
+        assert loaded.keys() >= Checkpoint.__required_keys__
     except UserError as error:
         refusal = str(error)
     assert "\n" not in refusal

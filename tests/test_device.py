@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from common.run import checkpoint
 from common.run.checkpoint import RunOptions
-from common.run.device import GraphedFunction, compile_model, compiles_training, pick_device, use_bf16
+from common.run.device import DTYPES, GraphedFunction, compile_model, compiles_training, pick_device, pick_precision
 from common.run.errors import UsageError
 from common.run.trainer import Run
 from part_a_cifar import Model
@@ -114,16 +114,16 @@ def test_graphed_function_replays_what_it_recorded() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_recorded_steps_train_as_plain_ones_do(compile: bool, bf16: bool) -> None:
+@pytest.mark.parametrize("precision", DTYPES)
+def test_recorded_steps_train_as_plain_ones_do(compile: bool, precision: str) -> None:
     torch.manual_seed(0)
     model = Model().cuda()
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda")
     losses = []
     for recorded in (False, True):
-        trainer = Run("part_a_cifar", {}, copy.deepcopy(model), RunOptions(epochs=20, batch_size=8), bf16)
+        trainer = Run("part_a_cifar", {}, copy.deepcopy(model), RunOptions(epochs=20, batch_size=8), precision)
         if compile and recorded:
-            compile_model(trainer.model, 8, bf16, training=True)
+            compile_model(trainer.model, 8, precision, training=True)
             assert counters["stats"]["unique_graphs"] == 1
         gradient_step = trainer.gradient_step
         assert isinstance(gradient_step, GraphedFunction)
@@ -190,20 +190,38 @@ def test_where_pytorch_refuses_to_compile_the_model_runs_as_it_is(
 
 def test_training_is_compiled_as_chosen_or_where_that_pays() -> None:
     cpu, gpu, mps = map(torch.device, ("cpu", "cuda", "mps"))
-    assert compiles_training(None, gpu, bf16=True)
-    assert compiles_training(None, gpu, bf16=False)
-    assert compiles_training(None, cpu, bf16=True) == torch.cpu.get_capabilities().get("amx_bf16", False)
-    assert not compiles_training(None, cpu, bf16=False)
-    assert not compiles_training(None, mps, bf16=True)
-    for device in (cpu, gpu, mps):
-        assert compiles_training(True, device, bf16=False)
-        assert not compiles_training(False, device, bf16=True)
+    assert compiles_training(None, cpu, "bf16") == torch.cpu.get_capabilities().get("amx_bf16", False)
+    for precision in DTYPES:
+        assert compiles_training(None, gpu, precision)
+        assert not compiles_training(None, mps, precision)
+        assert precision == "bf16" or not compiles_training(None, cpu, precision)
+        for device in (cpu, gpu, mps):
+            assert compiles_training(True, device, precision)
+            assert not compiles_training(False, device, precision)
 
 
 def test_precision_is_what_is_asked_for_or_what_the_processor_has() -> None:
     cpu = torch.device("cpu")
-    assert use_bf16("bf16", cpu)
-    assert not use_bf16("fp32", cpu)
-    assert use_bf16("auto", cpu) == any(
-        torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16")
-    )
+    for precision in DTYPES:
+        assert pick_precision(precision, cpu) == precision
+    has_bf16 = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    assert pick_precision("auto", cpu) == ("bf16" if has_bf16 else "fp32")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "has_bf16", "precision"),
+    [
+        ("H100", (9, 0), True, "bf16"),
+        ("A100", (8, 0), True, "bf16"),
+        ("T4", (7, 5), False, "fp16"),
+        ("V100", (7, 0), False, "fp16"),
+        ("P100", (6, 0), False, "fp32"),
+    ],
+)
+def test_a_gpu_without_bf16_computes_in_fp16_if_it_has_tensor_cores(
+    gpu: str, capability: tuple[int, int], has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_precision("auto", torch.device("cuda")) == precision
+    assert pick_precision("fp32", torch.device("cuda")) == "fp32"

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.run import checkpoint
 from common.run.checkpoint import Checkpoint
 from tests.conftest import ROOT
+from tests.test_training import assert_same
 from tests.train_ranks import train_rank
 
 A = "part_a_cifar"
@@ -68,7 +69,7 @@ def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(tmp_pa
     train_rank(tmp_path)
     expected, log, measures = torch.load(tmp_path / "rank0.pt")
     shutil.rmtree(tmp_path / "run")
-    for status, _, error in run(count, "-m", "tests.train_ranks", tmp_path):
+    for status, _, error in run(count, "-m", "tests.train_ranks", "train", tmp_path):
         assert status == 0, error
     (weights, log_0, _), *others = results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(count)]
     for other, *_ in others:
@@ -82,6 +83,15 @@ def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(tmp_pa
         assert torch.equal(measured, measures)
     names = {path.name for path in (tmp_path / "run").rglob("*.*")}
     assert names == {"checkpoint.pt", "log.csv", "data.png"}
+
+
+def test_gradients_that_overflow_fp16_on_one_rank_are_skipped_by_all(tmp_path: Path) -> None:
+    for status, _, error in run(2, "-m", "tests.train_ranks", "overflow", tmp_path):
+        assert status == 0, error
+    first, last = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert_same(first, last)
+    assert first["scaler"]["scale"] == 2**15
+    assert first["optimizer"][0]["step"] == 2
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_three_or_one(tmp_path: Path, shapes_dir: Path) -> None:

@@ -24,6 +24,7 @@ from common.run import checkpoint
 from common.run.errors import UserError
 from common.run.folder import locked
 from common.run.loop import train
+from common.run.trainer import Run
 from tests import tiny_run
 from tests.conftest import ROOT, run_stage
 from tests.test_training import assert_same, read_log
@@ -303,6 +304,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, checkpoint_every: int | None
 ) -> None:
     """Also at the last step of an epoch, whose loss is still finite."""
+    monkeypatch.setattr("common.run.loop.SAVE_EVERY", 0)
     trainer = tiny_run.make_trainer(lr=3e-3)
     forward = trainer.model.forward
     monkeypatch.setattr(
@@ -319,6 +321,61 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(
     for weight in (*saved["model"].values(), *saved["ema"].values()):
         assert weight.isfinite().all()
     assert [row["epoch"] for row in read_log(tmp_path)] == ["1"]
+
+
+def explode_at(trainer: Run, steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the gradients overflow in these steps, counted from 0."""
+    forward = trainer.model.forward
+    monkeypatch.setattr(
+        trainer.model,
+        "forward",
+        lambda x, t: Explode.apply(forward(x, t)) if trainer.progress.step in steps else forward(x, t),
+    )
+
+
+def test_in_fp16_a_step_whose_gradient_overflows_is_skipped_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, images = tiny_run.make_trainer("fp16"), tiny_run.make_images()
+    explode_at(trainer, range(4, 6), monkeypatch)
+    train(trainer, images, images, tmp_path, max_steps=4, sample_every=0)
+    before = checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)
+    train(trainer, images, images, tmp_path, max_steps=6, sample_every=0)
+    skipped = checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)
+    for part in ("model", "optimizer"):
+        assert_same(skipped[part], before[part])
+    assert skipped["scaler"]["scale"] == before["scaler"]["scale"] / 4
+    train(trainer, images, images, tmp_path, max_steps=7, sample_every=0)
+    after = checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)
+    assert after["optimizer"][0]["step"] == 5
+    assert not any(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
+
+
+def test_in_fp16_gradients_that_no_scale_makes_fit_end_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.run.loop.SAVE_EVERY", 0)
+    trainer, images = tiny_run.make_trainer("fp16"), tiny_run.make_images()
+    explode_at(trainer, range(4, 1000), monkeypatch)
+    with pytest.raises(UserError, match="--precision fp32"):
+        train(trainer, images, images, tmp_path, sample_every=0)
+    assert trainer.progress.step < 30
+    assert checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)["scaler"]["scale"] >= 1
+
+
+@pytest.mark.parametrize("part", ["loss", "held-out loss"])
+def test_in_fp16_a_loss_that_is_not_finite_stops_the_run(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values beyond 65,504, as a network computes them that is too wide for fp16."""
+    trainer, images = tiny_run.make_trainer("fp16"), tiny_run.make_images()
+    model = trainer.model if part == "loss" else trainer.ema.module
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x, t: 1e7 * forward(x, t))
+    message = "since step 1," if part == "loss" else "held-out loss is not finite"
+    with pytest.raises(UserError, match=message):
+        train(trainer, images, images, tmp_path, sample_every=0)
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_a_long_epoch_soon(tmp_path: Path) -> None:

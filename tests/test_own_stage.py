@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.run import checkpoint
+from common.run import checkpoint, evaluate
 from common.run.cli import main
 from common.run.options import OptionGroup, Stage
 from tests.test_training import assert_same
-from tests.tiny_run import Tiny
+from tests.tiny_run import Tiny, make_images
 
 Run = Callable[..., int]
 
@@ -79,6 +79,43 @@ def test_a_model_of_any_parts_trains_goes_on_bit_for_bit_and_draws(
     cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", "part_h") for folder in ("cut", "uncut"))
     assert_same(dict(cut), dict(uncut))
     assert run(stage, "cut")("test", "--steps", 2, "--num-images", 2) == 0
+
+
+class Gradientless(Tiny):
+    """Parameters that are frozen, or never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(3))
+        self.net[0].requires_grad_(False)
+
+
+def test_a_model_is_trained_sampled_and_measured_in_fp16(
+    tmp_path: Path,
+    run: Callable[[Stage, str], Run],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "load_images", lambda *arguments, **options: make_images().repeat(50, 1, 1, 1)[:2000])
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Gradientless())
+    fp16 = ("--precision", "fp16")
+    for max_steps in (2, 4):
+        assert run(stage, "run")("train", "--dataset", "shapes", "--resume", "--max-steps", max_steps, *fp16) == 0
+    assert run(stage, "run")("test", "--steps", 2, "--num-images", 2, *fp16) == 0
+    assert run(stage, "run")("eval", "--num-images", 2, *fp16) == 0
+    assert "cpu in fp16" in capsys.readouterr().out
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt", "part_h")
+    assert saved["scaler"]["_growth_tracker"] == 4
+
+
+def test_parameters_that_fp16_cannot_train_are_told_in_one_line(
+    tmp_path: Path, run: Callable[[Stage, str], Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Unusual())
+    assert run(stage, "run")("train", "--dataset", "shapes", "--max-steps", 1, "--precision", "fp16") == 1
+    error = capsys.readouterr().err
+    assert "error: argument --precision: fp16 cannot train parameters of type torch.int64" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

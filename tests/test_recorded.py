@@ -1,13 +1,17 @@
 """What is recorded as a CUDA graph computes what the plain code computes, bit for bit; shown with a stand-in."""
 
 import copy
-import importlib
+import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import part_a_cifar
+import part_g_cifar
 from common.diffusion import NoiseSchedule
 from common.likelihood import held_out_draws
 from common.run import device
@@ -18,7 +22,11 @@ from common.run.trainer import Run
 from tests import fake_graph, tiny_run
 from tests.test_training import assert_same
 
-SMALL: dict[str, dict[str, Any]] = {"part_a_cifar": {}, "part_g_cifar": {"num_res_blocks": 1, "channel_mult": (1, 1)}}
+STAGES: dict[str, Callable[[], nn.Module]] = {
+    "part_a_cifar": part_a_cifar.Model,
+    "part_g_cifar": partial(part_g_cifar.Model, num_res_blocks=1, channel_mult=(1, 1)),
+    "tiny": tiny_run.Tiny,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +41,21 @@ def recorded(run: Run) -> GraphedFunction:
     return graphed
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("stage", SMALL)
-def test_recorded_training_and_held_out_losses_are_the_plain_ones(stage: str, bf16: bool, images: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [*itertools.product(["part_a_cifar", "part_g_cifar"], ["fp32", "bf16"]), ("tiny", "fp16")],  # slow on a CPU
+)
+def test_recorded_training_and_held_out_losses_are_the_plain_ones(stage: str, precision: str, images: Tensor) -> None:
     torch.manual_seed(0)
-    model: nn.Module = importlib.import_module(stage).Model(**SMALL[stage])
+    model = STAGES[stage]()
     held_out = held_out_draws(images[:10], 0, NoiseSchedule())
     results = []
     for is_recorded in (False, True):
-        run = Run(stage, {}, copy.deepcopy(model), RunOptions(epochs=2, batch_size=8, hflip=True), bf16)
+        run = Run(stage, {}, copy.deepcopy(model), RunOptions(epochs=2, batch_size=8, hflip=True), precision)
         if is_recorded:
             graphed = recorded(run)
         else:
-            run.predict_averaged = in_precision(run.ema.module, bf16)
+            run.predict_averaged = in_precision(run.ema.module, precision)
         losses = [loss.clone() for loss in run.steps(images)]
         run.check()
         results.append((torch.stack(losses), [run.held_out_loss([held_out]) for _ in range(6)], run.checkpoint()))
@@ -56,12 +66,35 @@ def test_recorded_training_and_held_out_losses_are_the_plain_ones(stage: str, bf
     assert graphed.graph.replays == 12 - device.WARM_UP_CALLS  # type: ignore[union-attr]
 
 
+def test_recorded_steps_skip_what_overflows_fp16_and_scale_gradients_as_plain_ones_do(images: Tensor) -> None:
+    """From a scale that is too large and grows every three steps, so that it is for ever too large again."""
+    results = []
+    for is_recorded in (False, True):
+        run = tiny_run.make_trainer("fp16", epochs=10)
+        assert run.scaler
+        run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**34, "growth_interval": 3})
+        if is_recorded:
+            recorded(run)
+        scales = []
+        for _ in run.steps(images):
+            scales.append(run.scaler.get_scale())
+        run.check()
+        results.append((scales, run.checkpoint()))
+    (scales, plain), (recorded_scales, replayed) = results
+    assert recorded_scales == scales
+    changes = [later / earlier for earlier, later in itertools.pairwise(scales)]
+    assert set(changes[:10]) == {0.5}
+    assert set(changes[20:]) == {0.5, 1.0, 2.0}
+    assert plain["optimizer"][0]["step"] == len(scales) - changes.count(0.5) - 1
+    assert_same(dict(plain), dict(replayed))
+
+
 def test_recorded_sampling_draws_the_plain_images_also_in_a_smaller_last_batch() -> None:
     model, schedule = tiny_run.Tiny(), NoiseSchedule()
     graphed = noise_predictor(model)
     assert isinstance(graphed, GraphedFunction)
     images = sample_images(graphed, schedule, 10, steps=7, batch_size=4)
-    expected = sample_images(in_precision(model, bf16=False), schedule, 10, steps=7, batch_size=4)
+    expected = sample_images(in_precision(model), schedule, 10, steps=7, batch_size=4)
     assert graphed.graph.replays == 3 * 7 - device.WARM_UP_CALLS  # type: ignore[union-attr]
     assert (images.int() - expected.int()).abs().max() <= 1  # a convolution of 4 images adds up otherwise than of 2
 

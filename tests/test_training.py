@@ -20,20 +20,21 @@ from common.diffusion import NoiseSchedule, diffusion_loss
 from common.likelihood import held_out_draws
 from common.run import checkpoint
 from common.run.checkpoint import RunOptions
-from common.run.device import use_bf16
+from common.run.device import pick_precision
 from common.run.errors import UserError
 from common.run.loop import train
 from common.run.trainer import Run
 from common.training import AveragedWeights, Trainer, TrainingOptions
+from tests import tiny_run
 from tests.conftest import ROOT, STAGES, mind_sigint, run_stage
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 44 images: 3 steps an epoch, 9 in all
 
 
-def make_trainer(stage: str = "part_a_cifar", bf16: bool = False, **options: Any) -> Run:
+def make_trainer(stage: str = "part_a_cifar", precision: str = "fp32", **options: Any) -> Run:
     training_options = RunOptions(**{**PATTERN, **options})
     torch.manual_seed(training_options.seed)
-    return Run(stage, {}, importlib.import_module(stage).Model(), training_options, bf16)
+    return Run(stage, {}, importlib.import_module(stage).Model(), training_options, precision)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -262,7 +263,7 @@ def test_averaging_copies_buffers_and_keeps_float32() -> None:
         ema.update(n)
     assert model.running_mean is not None
     assert torch.equal(ema.module.get_buffer("running_mean"), model.running_mean)
-    trainer = make_trainer(bf16=True, batch_size=2)
+    trainer = make_trainer(precision="bf16", batch_size=2)
     next(trainer.steps(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)))
     assert {p.dtype for p in trainer.ema.module.parameters()} == {torch.float32}
 
@@ -273,7 +274,7 @@ def test_averaging_turned_off_leaves_the_weights_themselves(images: Tensor, tmp_
     assert_same(dict(saved["ema"]), dict(saved["model"]))
 
 
-NO_BF16 = not use_bf16("auto", torch.device("cpu"))
+NO_BF16 = pick_precision("auto", torch.device("cpu")) != "bf16"
 
 
 @pytest.mark.parametrize(
@@ -287,13 +288,100 @@ def test_bf16_autocast_learns_as_fp32_does(stage: str) -> None:
     """Sixty steps on one batch: the losses of both stay together and fall."""
     batch = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     means = []
-    for bf16 in (False, True):
-        trainer = make_trainer(stage, bf16=bf16, batch_size=8, epochs=60)
+    for precision in ("fp32", "bf16"):
+        trainer = make_trainer(stage, precision, batch_size=8, epochs=60)
         losses = [loss.item() for loss in trainer.steps(batch)]
         first, last = np.mean(losses[:30]), np.mean(losses[30:])
         assert last < 0.9 * first
         means.append(last)
     assert means[1] == pytest.approx(means[0], rel=0.05)
+
+
+@pytest.mark.parametrize(("save_every", "saved_steps"), [(0, [3, 6, 9, 12]), (60, [12]), (2.5, [9, 12])])
+def test_a_checkpoint_is_saved_after_every_epoch_but_not_more_often_than_so_many_seconds(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: float, saved_steps: list[int]
+) -> None:
+    """With a clock that moves by a second an epoch. The last epoch is saved in any case."""
+    run, saved = tiny_run.make_trainer(epochs=4), []
+    monkeypatch.setattr("common.run.loop.SAVE_EVERY", save_every)
+    monkeypatch.setattr("common.run.loop.time.perf_counter", lambda: float(run.progress.step // 3))
+    monkeypatch.setattr(checkpoint, "save", lambda path, contents: saved.append(contents["progress"]["step"]))
+    train(run, images, images, tmp_path, sample_every=0)
+    assert saved == saved_steps
+
+
+# fp16, with a tiny network: most CPUs convert from and to it
+
+
+def test_fp16_learns_as_fp32_does(images: Tensor) -> None:
+    """After two hundred steps the held-out loss is the same within the noise, and no more than another seed changes."""
+    held_out = torch.randint(256, (1000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    draws = [held_out_draws(held_out, start, NoiseSchedule()) for start in (0, 250, 500, 750)]
+    losses = []
+    for precision, seed in (("fp32", 0), ("fp16", 0), ("fp32", 1)):
+        run = tiny_run.make_trainer(precision, epochs=67, seed=seed)
+        for _ in run.steps(images):
+            pass
+        run.check()
+        losses.append(run.held_out_loss(draws))
+    fp32, fp16, other_seed = losses
+    assert fp32 < 0.5
+    assert abs(fp16 - fp32) < min(abs(other_seed - fp32), 0.002 * fp32)
+
+
+def test_gradients_too_small_for_fp16_are_scaled() -> None:
+    """In fp16 itself, the smallest number of which is 6e-8, most of these would be 0."""
+    gradients = []
+    for precision in ("fp32", "fp16"):
+        run = tiny_run.make_trainer(precision)
+        draws = torch.randn(16, 3, 32, 32), torch.arange(16), torch.randn(16, 3, 32, 32)
+        run.gradient_step(*draws, torch.full((16,), 1e-4 / 16))
+        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))
+        torch.manual_seed(0)
+    assert (gradients[1] - gradients[0]).norm() < 0.01 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("cuts", [[1], [2, 3], [6, 8]])
+def test_a_run_in_fp16_resumes_bit_for_bit_with_the_scale_of_its_gradients(
+    images: Tensor, tmp_path: Path, cuts: list[int]
+) -> None:
+    """The scale is too large at first, then grows every other step."""
+
+    def run_until(folder: str, max_steps: int | None) -> dict[str, Any]:
+        path = tmp_path / folder / "checkpoint.pt"
+        run = tiny_run.make_trainer("fp16", epochs=4)
+        assert run.scaler
+        run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**24, "growth_interval": 2})
+        if path.exists():
+            run.restore(checkpoint.load(path, tiny_run.STAGE), path)
+        train(run, images, images, path.parent, max_steps=max_steps, sample_every=0)
+        return dict(checkpoint.load(path, tiny_run.STAGE))
+
+    uncut = run_until("uncut", None)
+    assert 0 < uncut["optimizer"][0]["step"] < 12
+    for max_steps in [*cuts, None]:
+        resumed = run_until("cut", max_steps)
+    assert_same(resumed, uncut)
+
+
+def test_a_run_continues_in_another_precision(images: Tensor, tmp_path: Path) -> None:
+    """Only a checkpoint in fp16 has a scale; where there is none, scaling begins anew."""
+    path = tmp_path / "checkpoint.pt"
+    for max_steps, precision in enumerate(("fp32", "fp16", "bf16", "fp16"), 1):
+        run = tiny_run.make_trainer(precision)
+        if path.exists():
+            run.restore(checkpoint.load(path, tiny_run.STAGE), path)
+        train(run, images, images, tmp_path, max_steps=max_steps, sample_every=0)
+        assert ("scaler" in checkpoint.load(path, tiny_run.STAGE)) == (precision == "fp16")
+
+
+@pytest.mark.parametrize("change", [{"scale": "1"}, {"scale": float("nan")}, {"growth_interval": 1.5}, None])
+def test_a_damaged_scale_is_refused(change: dict[str, Any] | None, images: Tensor, tmp_path: Path) -> None:
+    run = tiny_run.make_trainer("fp16")
+    saved = run.checkpoint()
+    saved["scaler"] = {**saved["scaler"], **change} if change else {}
+    with pytest.raises(UserError, match="damaged"):
+        run.restore(saved, tmp_path / "checkpoint.pt")
 
 
 def test_log_has_a_row_per_epoch(images: Tensor, tmp_path: Path) -> None:

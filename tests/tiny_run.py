@@ -37,9 +37,10 @@ def make_images() -> Tensor:
     return torch.randint(256, (44, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def make_trainer(**options: Any) -> Run:
+def make_trainer(precision: str = "fp32", **options: Any) -> Run:
     torch.manual_seed(0)
-    return Run(STAGE, {}, Tiny(), RunOptions(**{"epochs": EPOCHS, "batch_size": 16, "hflip": True, **options}))
+    run_options = RunOptions(**{"epochs": EPOCHS, "batch_size": 16, "hflip": True, **options})
+    return Run(STAGE, {}, Tiny(), run_options, precision)
 
 
 def run(run_dir: Path, started: Any = None, death: tuple[str, str, int] | None = None) -> None:

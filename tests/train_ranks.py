@@ -12,6 +12,7 @@ from common.run.evaluate import measure_bound, measure_losses
 from common.run.loop import train
 from common.run.trainer import Run
 from part_a_cifar import Model
+from tests import tiny_run
 
 
 def train_rank(folder: Path) -> None:
@@ -33,7 +34,24 @@ def train_rank(folder: Path) -> None:
     torch.save(results, folder / f"rank{distributed.RANK}.pt")
 
 
+def overflow_on_last_rank(folder: Path) -> None:
+    """Three steps in fp16; in the second, the gradients of the last rank are too large."""
+    run = tiny_run.make_trainer("fp16", batch_size=12)
+    predict_noise = run.predict_noise
+
+    def explode(xt: Tensor, t: Tensor) -> Tensor:
+        noise = predict_noise(xt, t)
+        if distributed.RANK == distributed.WORLD_SIZE - 1 and run.progress.step == 1:
+            noise.register_hook(lambda gradient: gradient * torch.inf)
+        return noise
+
+    run.predict_noise = explode
+    for _ in zip(range(3), run.steps(tiny_run.make_images())):
+        run.check()
+    torch.save(run.checkpoint(), folder / f"rank{distributed.RANK}.pt")
+
+
 if __name__ == "__main__":
     distributed.start()
-    train_rank(Path(sys.argv[1]))
+    {"train": train_rank, "overflow": overflow_on_last_rank}[sys.argv[1]](Path(sys.argv[2]))
     distributed.stop()

@@ -28,7 +28,7 @@ class RunOptions(TrainingOptions):
     """The training options that a checkpoint carries."""
 
     dataset: str = "cifar10"
-    precision: str = "auto"  # or "fp32" or "bf16", see device.use_bf16
+    precision: str = "auto"  # or one of device.DTYPES, see device.pick_precision
 
 
 @dataclass
@@ -40,7 +40,11 @@ class RunProgress(Progress):
     log: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv, one per completed epoch
 
 
-class Checkpoint(TypedDict):
+class _Optional(TypedDict, total=False):
+    scaler: dict[str, Any]  # state of the GradScaler of a run in fp16
+
+
+class Checkpoint(_Optional):
     """What `checkpoint.pt` holds: tensors and plain Python values, so that `weights_only=True` loads it."""
 
     format: int  # FORMAT of the version that wrote it
@@ -106,7 +110,7 @@ def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
         )
     if contents["stage"] != stage:
         raise UserError(f"{path}: a checkpoint of {contents['stage']}.py, not of {stage}.py")
-    missing = set(EMA_ONLY if ema_only else Checkpoint.__annotations__) - contents.keys()
+    missing = set(EMA_ONLY if ema_only else Checkpoint.__required_keys__) - contents.keys()
     if missing:
         raise UserError(f"{path}: damaged: it lacks {', '.join(sorted(missing))}")
     with reading(path):

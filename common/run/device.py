@@ -18,6 +18,7 @@ from common.run.errors import UsageError, UserError, tell, warn
 
 NO_GPU = "this machine, or this build of PyTorch, has no cuda"
 WARM_UP_CALLS = 3  # before a capture: libraries choose their algorithms and allocate what they need
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the model's arithmetic
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,23 +67,34 @@ def _why_no_gpu() -> str:
     return ""
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run the model under bfloat16 autocast: "auto" does so on GPUs and x86 CPUs that multiply in it."""
-    if precision != "auto":
-        return precision == "bf16"
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision that --precision names, one of DTYPES.
+
+    "auto" is bf16 on GPUs and x86 CPUs that multiply in it, fp16 on GPUs that have tensor cores for no more than that,
+    else fp32.
+    """
+    if name != "auto":
+        return name
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-def in_precision(model: nn.Module, bf16: bool) -> NoisePredictor:
-    """The model, under bfloat16 autocast if so asked; what it returns is float32, whatever its weights are."""
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a model computes in that precision, where that is safe."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def in_precision(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
+    """The model, under autocast to that precision; what it returns is float32, whatever its weights are."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # a model of mixed types knows what it does
 
     def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(xt.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(xt.device, precision):
             noise = model(xt.to(dtype), t)
         if not isinstance(noise, Tensor) or noise.shape != xt.shape or not noise.is_floating_point():
             found = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
@@ -94,12 +106,12 @@ def in_precision(model: nn.Module, bf16: bool) -> NoisePredictor:
     return predict_noise
 
 
-def noise_predictor(model: nn.Module, bf16: bool = False) -> NoisePredictor:
+def noise_predictor(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
     """The model as sampling and measuring call it: as `in_precision`, on a GPU recorded as a CUDA graph."""
-    return GraphedFunction(in_precision(model, bf16))
+    return GraphedFunction(in_precision(model, precision))
 
 
-def compiles_training(choice: bool | None, device: torch.device, bf16: bool) -> bool:
+def compiles_training(choice: bool | None, device: torch.device, precision: str) -> bool:
     """Whether to compile the model for training: as chosen, or, if nothing is (None), where it is known to pay.
 
     That is on GPUs, and in bf16 on CPUs with AMX, whose convolutions are so fast that what lies between them, which the
@@ -109,7 +121,7 @@ def compiles_training(choice: bool | None, device: torch.device, bf16: bool) -> 
         return choice
     if device.type == "cuda":
         return True
-    return device.type == "cpu" and bf16 and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.type == "cpu" and precision == "bf16" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def keep_freed_memory() -> None:
@@ -127,7 +139,7 @@ def keep_freed_memory() -> None:
             mallopt(trim_threshold, 2**31 - 1)
 
 
-def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, training: bool = False) -> None:
+def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", training: bool = False) -> None:
     """Compiles a model that predicts noise, in place, by running it once, with a backward pass if it is for training.
 
     Where that fails, for want of a C++ compiler, say, a warning tells so, and the model goes on as it is.
@@ -144,7 +156,7 @@ def compile_model(model: nn.Module, batch_size: int, bf16: bool = False, trainin
         model.compile(dynamic=False)
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast(device, precision):
                 output = model(x, t)
             if training:
                 output.float().mean().backward()

@@ -55,12 +55,12 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
         "dataset": trained.dataset,
         "seed": options.seed,
         "device": str(trained.device),
-        "precision": "bf16" if trained.bf16 else "fp32",
+        "precision": trained.precision,
         "version": __version__,
         "torch": torch.__version__,
     }
     schedule = NoiseSchedule().to(trained.device)
-    model = noise_predictor(trained.model, trained.bf16)
+    model = noise_predictor(trained.model, trained.precision)
     report["loss"] = _timed(lambda: _loss(measure_losses(model, schedule, held_out, options.seed), schedule))
     images = held_out[: options.num_images]
     report["bits_per_dim"] = _timed(

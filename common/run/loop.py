@@ -19,6 +19,7 @@ from common.run.trainer import Run
 
 LOG_HELD_OUT_IMAGES = 2000  # for the held-out loss of every epoch: 1.3 % of an epoch's work
 CHECK_EVERY = 100  # steps between two looks at whether the run is still sound
+SAVE_EVERY = 10.0  # seconds at least between two checkpoints: on a fast GPU an epoch may take as long as saving does
 
 
 def train(
@@ -42,7 +43,7 @@ def train(
         run_dir: the run folder.
         max_steps: optimiser steps to stop after, counted from the start of the run.
         sample_every: epochs between two sample grids; 0 draws none.
-        checkpoint_every: steps between two checkpoints; None saves one after every epoch.
+        checkpoint_every: steps between two checkpoints; None saves one after every epoch, but not within SAVE_EVERY.
 
     Returns:
         The signal that stopped it, SIGINT, SIGTERM or SIGHUP, or None.
@@ -65,11 +66,13 @@ def train(
 
     with _stop_signals() as received, reporter.bar:
         is_over = _is_over(run, max_steps, received)
-        started = time.perf_counter()
+        started = saved = time.perf_counter()
         for _ in () if is_over else run.steps(images):
             epoch_is_complete = progress.seen == 0
             is_over = _is_over(run, max_steps, received)
-            is_due = progress.step % checkpoint_every == 0 if checkpoint_every else epoch_is_complete
+            is_due = epoch_is_complete and time.perf_counter() - saved >= SAVE_EVERY  # for rank 0, which alone saves
+            if checkpoint_every:
+                is_due = progress.step % checkpoint_every == 0
             if is_over or is_due or epoch_is_complete or progress.step % CHECK_EVERY == 0:
                 run.check()
             progress.seconds += time.perf_counter() - started
@@ -78,6 +81,7 @@ def train(
 
             if is_first and (is_over or is_due):
                 checkpoint.save(run_dir / "checkpoint.pt", run.checkpoint())
+                saved = time.perf_counter()
             if is_first:  # after saving: what took time to compute comes before what only tells of it
                 reporter.tell(in_haste=bool(received))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
-from common.run.device import compile_model, pick_device, use_bf16
+from common.run.device import compile_model, pick_device, pick_precision
 from common.run.errors import UsageError, UserError
 from common.run.options import Stage, check_training_options, flag, model_defaults
 
@@ -114,7 +114,7 @@ class TrainedModel(NamedTuple):
     folder: Path  # for what is made with it
     model: nn.Module
     device: torch.device
-    bf16: bool
+    precision: str  # one of device.DTYPES
     dataset: str
     epochs: int
     steps: int
@@ -125,7 +125,7 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
     path = shipped_weights(stage) if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
     folder = options.run_dir / "pretrained" if options.pretrained else path.parent
     device = pick_device(options.device)
-    bf16 = use_bf16(options.precision, device)
+    precision = pick_precision(options.precision, device)
     averaged = options.weights == "ema"
     if options.pretrained and not averaged:
         raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
@@ -142,6 +142,6 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
     checkpoint.load_weights(model, saved["ema"] if averaged else saved["model"], path)
     model.to(device)
     if options.compile:
-        compile_model(model, batch_size, bf16)
+        compile_model(model, batch_size, precision)
     dataset, progress = saved["training_options"]["dataset"], saved["progress"]
-    return TrainedModel(path, folder, model, device, bf16, dataset, progress["epoch"], progress["step"])
+    return TrainedModel(path, folder, model, device, precision, dataset, progress["epoch"], progress["step"])

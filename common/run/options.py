@@ -15,12 +15,13 @@ from torch import nn
 from common import __version__
 from common.blocks import ACTIVATIONS
 from common.run.datasets import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES
+from common.run.device import DTYPES
 from common.run.errors import UsageError
 from common.run.pictures import SAMPLERS
 from common.training import TrainingOptions
 
 MAX_SAMPLES = 100_000
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", *DTYPES)
 
 
 class OptionGroup(Protocol):
@@ -231,10 +232,11 @@ def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
 
 def _add_run_options(group: OptionGroup) -> None:
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    saving = "steps between two checkpoints (default: one epoch, or more if that takes less than 10 seconds)"
     go_on = "continue the run in the run folder, if there is one; options given here replace its own"
     add("--max-steps", type=whole_number(1), help="optimiser steps to stop after, in all (default: no limit)")
     add("--sample-every", type=whole_number(0), default=10, help="epochs between two sample grids; 0: none")
-    add("--checkpoint-every", type=whole_number(1), help="steps between two checkpoints (default: one epoch)")
+    add("--checkpoint-every", type=whole_number(1), help=saving)
     add_either("--resume", action="store_true", help=go_on)
     add_either("--overwrite", action="store_true", help="discard the run in the run folder")
 
@@ -276,7 +278,9 @@ def _add_sampling_options(group: OptionGroup) -> None:
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:
     add, devices = group.add_argument, ("auto", "cpu", "cuda", "mps")
-    precision = "auto: bf16 autocast on GPUs and x86 processors that multiply in bfloat16, else fp32"
+    precision = (
+        "auto: bf16 autocast on GPUs and x86 processors that have it, fp16 on GPUs that have only that, else fp32"
+    )
     compiled = (
         "compile the model, which needs a C++ compiler (default: when training, on cuda and, in bf16, on processors "
         "with AMX)"

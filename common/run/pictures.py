@@ -60,7 +60,7 @@ def sample_images(
         raise ValueError(f"sampler: must be {' or '.join(SAMPLERS)}, got {sampler!r}")
     steps = default_steps(sampler, schedule.steps) if steps is None else steps
     device = schedule.beta.device
-    predict_noise = in_precision(model, bf16=False) if isinstance(model, nn.Module) else model
+    predict_noise = in_precision(model) if isinstance(model, nn.Module) else model
     starts = range(0, num_images, batch_size)
     chunks = {}
     with _in_eval_mode(model):

@@ -112,5 +112,5 @@ class Reporter:
         path = self.run_dir / "samples" / f"epoch-{epoch:04d}.png"
         is_due = epoch and self.sample_every and (epoch % self.sample_every == 0 or epoch == run.options.epochs)
         if is_due and (again or not path.exists()):
-            model = noise_predictor(run.ema.module, run.bf16)
+            model = noise_predictor(run.ema.module, run.precision)
             save_grid(sample_images(model, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed), path)

@@ -86,7 +86,7 @@ def draw(
             watch(start, step, xt)
 
         return sample_images(
-            noise_predictor(trained.model, trained.bf16),
+            noise_predictor(trained.model, trained.precision),
             NoiseSchedule().to(trained.device),
             num_images,
             sampler=options.sampler,

@@ -13,7 +13,7 @@ import torch
 from common.run import checkpoint, distributed, loop
 from common.run.checkpoint import Checkpoint, RunOptions
 from common.run.datasets import load_images
-from common.run.device import compile_model, compiles_training, pick_device, use_bf16
+from common.run.device import compile_model, compiles_training, pick_device, pick_precision
 from common.run.errors import UsageError, UserError, counted, say
 from common.run.folder import RUN_FILES, is_run_folder, locked, remove_run
 from common.run.models import build_model, new_model_options, refuse_contradictions, saved_model_options
@@ -38,8 +38,8 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
             )
         if is_first:
             _announce(run, len(images), run_dir)
-        if compiles_training(options.compile, device, run.bf16):
-            compile_model(run.model, run.options.batch_size // distributed.WORLD_SIZE, run.bf16, training=True)
+        if compiles_training(options.compile, device, run.precision):
+            compile_model(run.model, run.options.batch_size // distributed.WORLD_SIZE, run.precision, training=True)
         if is_first and options.overwrite:
             remove_run(run_dir)
         received = loop.train(
@@ -102,7 +102,7 @@ def _make_run(
     model = build_model(stage, model_options, path if saved else None).to(device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no parameter that can be trained")
-    run = Run(stage.name, model_options, model, run_options, use_bf16(run_options.precision, device))
+    run = Run(stage.name, model_options, model, run_options, pick_precision(run_options.precision, device))
     if saved:
         run.restore(saved, path)
     return run
@@ -121,10 +121,9 @@ def _run_options(
 
 
 def _announce(run: Run, num_images: int, run_dir: Path) -> None:
-    precision = "bf16" if run.bf16 else "fp32"
-    where = f"{run.device} in {precision}"
+    where = f"{run.device} in {run.precision}"
     if distributed.WORLD_SIZE > 1:
-        where = f"{distributed.WORLD_SIZE} processes, each on {run.device.type} in {precision}"
+        where = f"{distributed.WORLD_SIZE} processes, each on {run.device.type} in {run.precision}"
     say(
         f"{run.stage}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
         f"{num_images:,} images of {run.options.dataset}; {where}; "

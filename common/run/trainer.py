@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from common.diffusion import diffusion_loss
 from common.run import checkpoint, distributed
@@ -28,28 +29,33 @@ class Run(Trainer):
         model_options: the stage's model options, for the checkpoint.
         model: as for Trainer. Before the first step, `device.compile_model` may compile it.
         options: see RunOptions. The number of processes must divide the batch size.
-        bf16: run the model under bfloat16 autocast.
+        precision: what the model computes in, one of device.DTYPES. In fp16 the gradients are scaled.
     """
 
     options: RunOptions
     progress: RunProgress
 
     def __init__(
-        self, stage: str, model_options: dict[str, Any], model: nn.Module, options: RunOptions, bf16: bool = False
+        self,
+        stage: str,
+        model_options: dict[str, Any],
+        model: nn.Module,
+        options: RunOptions,
+        precision: str = "fp32",
     ):
         distributed.broadcast(model)
         super().__init__(model, options, RunProgress())
         self.stage = stage
         self.model_options = model_options
-        self.bf16 = bf16
-        self.predict_noise = in_precision(model, bf16)
-        self.predict_averaged = noise_predictor(self.ema.module, bf16)
+        self.precision = precision
+        self.predict_noise = in_precision(model, precision)
+        self.predict_averaged = noise_predictor(self.ema.module, precision)
         # These are read rarely: each reading makes a GPU wait.
         self._loss_sum = torch.zeros((), device=self.device)  # of the images seen in the epoch under way
         self._all_finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._finite_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # before the first that was not
-        if distributed.WORLD_SIZE > 1:
-            self.optimizer.register_step_pre_hook(lambda *arguments: distributed.sum_gradients(model))
+        self.optimizer.register_step_pre_hook(lambda *arguments: self._prepare_gradients())
+        self.scaler = self._scale_gradients() if precision == "fp16" else None
         if self.device.type == "cuda":
             self.optimizer.param_groups[0]["capturable"] = True
             # Adam warns of the first steps, which are not captured.
@@ -61,18 +67,55 @@ class Run(Trainer):
         mine = distributed.share(len(x0))
         loss = super().gradient_step(x0[mine], t[mine], noise[mine], loss_weight[mine])
         loss = distributed.sum_over_ranks(loss)
-        gradient_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        self._all_finite &= loss.isfinite() & gradient_norm.isfinite()
+        self._all_finite &= loss.isfinite()
         self._finite_steps += self._all_finite
         self._loss_sum += loss * (loss_weight > 0).sum()
         return loss
 
+    def _scale_gradients(self) -> GradScaler:
+        """Has the backward pass work on gradients times a factor, for fp16 has no numbers as small as they can be.
+
+        The factor adapts (arXiv:1710.03740, section 3.2): a step whose gradients overflow is skipped, and halves it;
+        after 2,000 others it doubles. All of that is computed on the device, so that nothing waits for a GPU.
+
+        Raises:
+            UserError: it cannot be done with the model's types of parameters.
+        """
+        if others := {p.dtype for p in self.model.parameters()} - {torch.float32, torch.float64}:
+            raise UserError(f"argument --precision: fp16 cannot train parameters of type {others.pop()}; try fp32")
+        scaler, predict_noise = GradScaler(self.device.type), self.predict_noise
+
+        def predict_and_scale(xt: Tensor, t: Tensor) -> Tensor:
+            noise = predict_noise(xt, t)
+            noise.register_hook(scaler.scale)  # of its gradient; the loss, which is shown, stays as it is
+            return noise
+
+        self.predict_noise = predict_and_scale
+        self.optimizer.register_step_post_hook(lambda *arguments: scaler.update())
+        return scaler
+
+    def _prepare_gradients(self) -> None:
+        """What has to be done to the gradients before the optimiser takes them, and known of them."""
+        if distributed.WORLD_SIZE > 1:
+            distributed.sum_gradients(self.model)  # before all else: what does not fit fp16 on one rank, all skip
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        gradient_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.scaler:  # tells fused Adam to skip the step, as GradScaler.step would
+            self.optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
+        else:
+            self._all_finite &= gradient_norm.isfinite()
+
     def check(self) -> None:
         """Makes sure that all losses, gradients and weights so far were finite numbers. Waits for a GPU.
+
+        In fp16, gradients that are not finite only make for a smaller scale, as long as there is one.
 
         Raises:
             UserError: one was not, so the weights are worth nothing.
         """
+        if self.scaler and self.scaler.get_scale() < 1:
+            raise UserError("the gradients do not fit fp16, however small their scale; try --precision fp32")
         finite_steps, what = self._finite_steps.item(), "the loss or the gradient has"
         if finite_steps == self.progress.step and not self._weights_are_finite():
             finite_steps, what = self.progress.step - 1, "the weights have"
@@ -98,12 +141,17 @@ class Run(Trainer):
 
         Args:
             draws: x0, t and noise, block by block; with several processes, each has blocks of its own.
+
+        Raises:
+            UserError: it is not finite, although the weights are.
         """
         total = torch.zeros(2, device=self.device)
         for x0, t, noise in draws:
             loss = diffusion_loss(self.predict_averaged, self.schedule, x0, t, noise)
             total += torch.stack([loss.sum(), loss.new_tensor(len(loss))])
         loss_sum, count = distributed.sum_over_ranks(total).tolist()
+        if not math.isfinite(loss_sum):
+            raise UserError("the averaged weights' held-out loss is not finite; try --precision fp32")
         return loss_sum / count
 
     def log_epoch(self, num_images: int, held_out_loss: float) -> None:
@@ -119,7 +167,7 @@ class Run(Trainer):
         """All that `restore` needs, and the stage's model options, from which the model can be built again."""
         self.progress.loss_sum = self._loss_sum.item()
         moments = self.optimizer.state_dict()["state"]
-        return {
+        saved: Checkpoint = {
             "format": checkpoint.FORMAT,
             "stage": self.stage,
             "model_options": self.model_options,
@@ -129,6 +177,9 @@ class Run(Trainer):
             "ema": self.ema.module.state_dict(),
             "optimizer": {n: moments.get(n) for n, _ in enumerate(self.model.parameters())},
         }
+        if self.scaler:
+            saved["scaler"] = self.scaler.state_dict()
+        return saved
 
     def restore(self, saved: Checkpoint, path: Path) -> None:
         """Goes back to where `checkpoint` was called, with this Run's own options.
@@ -153,5 +204,10 @@ class Run(Trainer):
                     raise ValueError(f"the optimizer's state of parameter {n} has another shape, or is not finite")
             param_groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+            if self.scaler and "scaler" in saved:
+                scaler, own = saved["scaler"], self.scaler.state_dict()
+                if not all(type(scaler[n]) is type(own[n]) and 0 <= scaler[n] < math.inf for n in own):
+                    raise ValueError(f"its scaler is {scaler!r}")
+                self.scaler.load_state_dict(scaler)
         if isinstance(self.gradient_step, GraphedFunction):
             self.gradient_step.forget()  # which works on the optimizer's old state
