@@ -149,7 +149,7 @@ def ddpm(
     """
     times = time_steps(schedule.steps, schedule.steps if steps is None else steps)
     walk = schedule.strided(times)
-    for i in reversed(range(len(times))):  # the model knows the time step as times[i], the walk as its step i
+    for i in reversed(range(len(times))):  # step i of the walk is times[i] to the model
         t = torch.full((len(xt),), times[i], device=xt.device)
         x0 = clipped_x0(model, schedule, xt, t)
         mean, variance = walk.posterior(x0, xt, torch.full_like(t, i))
