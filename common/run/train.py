@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from common.likelihood import repeated
 from common.run import checkpoint, distributed, loop
 from common.run.checkpoint import Checkpoint, RunOptions
-from common.run.datasets import load_images
+from common.run.datasets import DATASETS, check_dataset, load_images
 from common.run.device import compile_model, compiles_training, pick_device, use_bf16
-from common.run.errors import UsageError, UserError, counted, say
+from common.run.errors import UsageError, UserError, counted, printable, say
 from common.run.folder import RUN_FILES, is_run_folder, locked, remove_run
 from common.run.models import build_model, choose_model_options, refuse_contradictions, shipped_weights
 from common.run.options import Stage, flag
@@ -24,16 +25,21 @@ FIXED = ("dataset", "seed")  # training options that a run cannot change when it
 def train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     """Trains a stage. Returns the exit status."""
     run_dir: Path = options.run_dir
+    check_dataset(options.dataset)
     is_first = distributed.RANK == 0
     device = pick_device(options.device)
     with ExitStack() as held:
         distributed.on_first(lambda: _refuse_what_is_not_ours(stage, run_dir))
         distributed.on_first(lambda: held.enter_context(locked(run_dir)))
         run = _make_run(stage, options, typed, device)
-        with distributed.first_of_machine_first():
-            images, held_out = (
-                load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
-                for train in (True, False)
+        images, held_out = (
+            load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
+            for train in (True, False)
+        )
+        if len(images) < run.options.batch_size:
+            raise UsageError(
+                f"argument --batch-size: {run.options.batch_size} is more than the {len(images)} training images of "
+                f"{run.options.dataset}; give a smaller one"
             )
         if is_first:
             _announce(run, len(images), run_dir)
@@ -44,7 +50,7 @@ def train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
         received = loop.train(
             run,
             images,
-            held_out,
+            repeated(held_out, run.schedule.steps),
             run_dir,
             max_steps=options.max_steps,
             sample_every=options.sample_every,
@@ -118,7 +124,10 @@ def _run_options(options: argparse.Namespace, typed: set[str], path: Path, saved
     if saved is None:
         return RunOptions(**asked)
     changed = {name: asked[name] for name in typed & asked.keys()}
-    refuse_contradictions({n: changed[n] for n in changed if n in FIXED}, saved["training_options"], path)
+    fixed = {name: changed[name] for name in changed if name in FIXED}
+    if not {asked["dataset"], saved["training_options"]["dataset"]} & {*DATASETS}:
+        fixed.pop("dataset", None)  # one's own images may have moved
+    refuse_contradictions(fixed, saved["training_options"], path)
     return replace(RunOptions(**saved["training_options"]), **changed)
 
 
@@ -129,7 +138,7 @@ def _announce(run: Run, num_images: int, run_dir: Path) -> None:
         where = f"{distributed.WORLD_SIZE} processes, each on {run.device.type} in {precision}"
     say(
         f"{run.stage}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
-        f"{num_images:,} images of {run.options.dataset}; {where}; "
+        f"{num_images:,} images of {printable(run.options.dataset)}; {where}; "
         f"{counted(run.options.epochs, 'epoch')}, {run.progress.epoch} done; {run_dir}"
     )
 
