@@ -40,7 +40,7 @@ Report = dict[str, Any]
 def evaluate(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     """Measures what a stage has learned. Returns the exit status."""
     steps = sampling_steps(options)
-    check_dataset(options.dataset)
+    distributed.on_first(lambda: check_dataset(options.dataset))
     trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)
     output = options.output or trained.folder / "eval.json"
     check_outputs({"--output": output}, {"--output": [".json"]})

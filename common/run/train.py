@@ -25,7 +25,7 @@ FIXED = ("dataset", "seed")  # training options that a run cannot change when it
 def train(stage: Stage, options: argparse.Namespace, typed: set[str]) -> int:
     """Trains a stage. Returns the exit status."""
     run_dir: Path = options.run_dir
-    check_dataset(options.dataset)
+    distributed.on_first(lambda: check_dataset(options.dataset))
     is_first = distributed.RANK == 0
     device = pick_device(options.device)
     with ExitStack() as held:
