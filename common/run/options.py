@@ -372,10 +372,7 @@ def dataset(word: str) -> str:
     """The name of a data set, or the absolute path of one's own; a checkpoint may carry that to another system."""
     if word in DATASETS or PurePosixPath(word).is_absolute() or PureWindowsPath(word).is_absolute():
         return word
-    try:
-        return os.path.abspath(path(word))
-    except OSError as error:  # the current folder has been removed
-        raise argparse.ArgumentTypeError(f"{word}: {error.strerror}") from error
+    return os.path.abspath(path(word))
 
 
 def _url(word: str) -> str:
