@@ -28,6 +28,22 @@ class Estimate(NamedTuple):
 # The noise-prediction loss
 
 
+def repeated(images: Tensor, steps: int) -> Tensor:
+    """Held-out images, some of them several times where they are few, so that each time step is met equally often.
+
+    Args:
+        images: (N, ...).
+        steps: the schedule's.
+
+    Returns:
+        (M, ...), M the first multiple of `steps` that is at least N and 2 * `steps`: all images in turn, again and
+        again.
+    """
+    number = torch.arange(steps * max(2, math.ceil(len(images) / steps)))
+    shift = number // math.lcm(len(images), steps)  # or an image would come back to a time step that it has met
+    return images[(number + shift) % len(images)]
+
+
 @torch.no_grad()
 def held_out_losses(
     model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, start: int = 0, seed: int = 0
@@ -74,12 +90,14 @@ def stratified_mean(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), variance_of_means.sum().sqrt().item() / strata)
 
 
-def loss_by_quarter(losses: Tensor, steps: int) -> tuple[Estimate, list[Estimate]]:
+def loss_by_quarter(losses: Tensor, steps: int, num_images: int | None = None) -> tuple[Estimate, list[Estimate]]:
     """Mean loss over all time steps, and over each quarter of their range.
 
     Args:
         losses: of `held_out_losses`, (N,), N a multiple of `steps`, at least twice that.
         steps: the schedule's, a multiple of 4.
+        num_images: how many different images they are of, by default N. An image that is measured several times tells
+            little new, so the standard errors are those of as many measurements as there are images: rather too large.
 
     Raises:
         ValueError: N is not such a number.
@@ -87,7 +105,10 @@ def loss_by_quarter(losses: Tensor, steps: int) -> tuple[Estimate, list[Estimate
     if len(losses) % steps or len(losses) < 2 * steps:
         raise ValueError(f"held-out images: must be a multiple of {steps}, at least {2 * steps}; got {len(losses)}")
     by_time = losses.view(-1, steps)
-    return stratified_mean(by_time), [stratified_mean(quarter) for quarter in by_time.chunk(4, dim=1)]
+    widening = math.sqrt(len(losses) / (num_images or len(losses)))
+    estimates = [stratified_mean(part) for part in (by_time, *by_time.chunk(4, dim=1))]
+    loss, *quarters = [Estimate(mean, error * widening) for mean, error in estimates]
+    return loss, quarters
 
 
 # Bits per dimension

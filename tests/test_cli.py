@@ -365,7 +365,9 @@ MISTAKES = [
     (A, "eval --steps 1001", "--steps"),
     (A, "eval --weights best", "--weights"),
     (A, "eval --device tpu", "--device"),
-    (A, "eval --dataset shapes", "--dataset"),
+    (A, "eval --dataset mnist", "--dataset"),
+    (A, "test --dataset shapes", "--dataset"),
+    (A, "test --save-images", "--save-images"),
 ]
 
 

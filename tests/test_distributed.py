@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -144,6 +145,36 @@ def test_a_parameter_without_gradient_is_no_trouble_for_several_processes(tmp_pa
     assert checkpoint.load(tmp_path / "checkpoint.pt", "part_h")["progress"]["step"] == 2
 
 
+OWN_IMAGES = """
+import hashlib, sys
+from pathlib import Path
+from common.run import distributed
+from common.run.datasets import load_images
+distributed.start()
+place = sys.argv[1] if distributed.RANK == 0 else "not on this machine"
+for train in (True, False):
+    images = load_images(place, Path("data"), train=train)
+    print(tuple(images.shape), hashlib.sha256(images.numpy().tobytes()).hexdigest())
+distributed.stop()
+"""
+
+
+def test_own_images_are_read_once_and_are_the_same_on_every_rank(tmp_path: Path) -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (250, 32, 32, 3)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", pixels)
+    (status, first, error), *others = run(2, "-c", OWN_IMAGES, tmp_path / "a.npy")
+    assert (status, error) == (0, "")
+    assert "(150, 3, 32, 32)" in first
+    assert others == [(0, first, "")]
+
+
+def test_own_images_that_are_not_there_end_all_ranks(tmp_path: Path) -> None:
+    for status, output, error in run(2, f"{A}.py", "train", "--dataset", tmp_path / "a.npy", "--run-dir", tmp_path):
+        assert (status, output) == (2, "")
+        assert "argument --dataset" in error.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
     command = [
         sys.executable,
@@ -211,9 +242,13 @@ def test_pictures_are_the_same_however_many_processes_draw_them(tmp_path: Path, 
     pictures = []
     for count in (1, 3):
         output = tmp_path / f"{count}.png"
-        options = ("--num-images", 9, "--batch-size", 2, "--sampler", "ddim", "--steps", 3, "--output", output)
-        for rank, (status, text, error) in enumerate(run(count, f"{A}.py", "test", "--run-dir", tmp_path, *options)):
+        options = ("--num-images", 9, "--batch-size", 2, "--sampler", "ddim", "--steps", 3)
+        files = ("--output", output, "--save-images", tmp_path / f"{count} single")
+        words = ("test", "--run-dir", tmp_path, *options, *files)
+        for rank, (status, text, error) in enumerate(run(count, f"{A}.py", *words)):
             assert status == 0, error
             assert bool(text) == (rank == 0)
-        pictures.append(output.read_bytes())
+        single = sorted((tmp_path / f"{count} single").iterdir())
+        pictures.append([path.read_bytes() for path in (output, *single)])
+        assert len(single) == 9
     assert pictures[0] == pictures[1]

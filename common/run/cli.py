@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from common.run import distributed
 from common.run.device import is_out_of_memory, keep_freed_memory
-from common.run.errors import UsageError, UserError, tell
+from common.run.errors import UsageError, UserError, printable, tell
 from common.run.evaluate import evaluate
 from common.run.models import refuse_model_that_is_too_large
 from common.run.options import Stage, model_defaults, parse
@@ -48,6 +48,5 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
             raise
         status = 1
     who = f"rank {distributed.RANK}: " if distributed.WORLD_SIZE > 1 else ""
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
-    tell(f"{stage.name}.py: {who}error: {line}")
+    tell(f"{stage.name}.py: {who}error: {printable(message)}")
     distributed.exit_after_error(status)

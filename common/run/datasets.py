@@ -1,4 +1,4 @@
-"""The data sets: CIFAR-10, downloaded and checked, and shapes, drawn."""
+"""The data sets: CIFAR-10, downloaded and checked; shapes, drawn; one's own images."""
 
 import http.client
 import os
@@ -10,22 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.errors import UserError, warn
 from common.run.folder import one_at_a_time
+from common.run.own_images import check_place, load_own_images
 from common.run.shapes import draw_shapes
 
 IMAGE_SHAPE = (3, 32, 32)
 DATASETS = ("cifar10", "shapes")
-TRAINING_IMAGES = 50_000  # of either data set
+TRAINING_IMAGES = 50_000  # of either of these
 HELD_OUT_IMAGES = 10_000
 
 
 def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: str | None = None) -> Tensor:
-    """The training images of a data set, or its 10,000 held-out ones.
+    """The training images of a data set, or its held-out ones. Several processes must all call this.
 
     Args:
-        dataset: "cifar10", downloaded on first use and checked by its published MD5, or "shapes", drawn on first use.
+        dataset: "cifar10", downloaded on first use and checked by its published MD5; "shapes", drawn on first use; or
+            where one's own images are, see own_images.py, which are read by rank 0 alone.
         data_dir: the folder that keeps the data set; the inner one, cifar-10-batches-py, does too.
         data_url: another address of CIFAR-10's archive, http or https.
 
@@ -33,14 +36,26 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
         uint8 (N, 3, 32, 32) in main memory.
 
     Raises:
-        UserError: CIFAR-10 is not in `data_dir` and could not be downloaded.
+        UserError: CIFAR-10 is not in `data_dir` and could not be downloaded, or one's own images cannot be used.
     """
-    with one_at_a_time(data_dir):
+    if dataset not in DATASETS:
+        return distributed.on_first(lambda: torch.from_numpy(load_own_images(dataset, train)))
+    with distributed.first_of_machine_first(), one_at_a_time(data_dir):
         if dataset == "cifar10":
             images = _load_cifar10(data_dir, train, data_url)
         else:
             images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
     return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def check_dataset(dataset: str | None) -> None:
+    """Makes sure, before any work, that a data set has a known name, or is a place where images can be.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if dataset is not None and dataset not in DATASETS:
+        check_place(dataset)
 
 
 def check_images(images: Tensor, name: str) -> None:
@@ -71,7 +86,7 @@ def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarr
         raise UserError(
             f"--data-dir {data_dir}: no CIFAR-10 there, and getting it from {Archive.url} failed ({error}); "
             f"name another address of the archive with --data-url, put {Archive.filename} into {data_dir} by hand, "
-            "or take the data set that needs no download with --dataset shapes"
+            "or train on the data set that needs no download, with train --dataset shapes"
         ) from error
 
 

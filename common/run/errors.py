@@ -29,7 +29,12 @@ def only_telling() -> Iterator[None]:
 
 def warn(message: str) -> None:
     """Writes a warning of one line to stderr."""
-    tell(f"warning: {' '.join(message.split())[:1000]}")
+    tell(f"warning: {printable(message)[:1000]}")
+
+
+def printable(text: str) -> str:
+    """A text on one line, without what could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
 def tell(line: str) -> None:

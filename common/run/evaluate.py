@@ -21,13 +21,14 @@ from common.likelihood import (
     kl_ranges,
     loss_by_quarter,
     mean_over_images,
+    repeated,
     variational_bound,
 )
 from common.run import distributed
 from common.run.checkpoint import atomic_write
-from common.run.datasets import load_images
+from common.run.datasets import check_dataset, load_images
 from common.run.device import noise_predictor
-from common.run.errors import UserError, counted, say
+from common.run.errors import UserError, counted, printable, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
 from common.run.pictures import check_outputs
@@ -39,20 +40,21 @@ Report = dict[str, Any]
 def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Measures what a stage has learned. Returns the exit status."""
     steps = sampling_steps(options)
+    distributed.on_first(lambda: check_dataset(options.dataset))
     trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)
     output = options.output or trained.folder / "eval.json"
     check_outputs({"--output": output}, {"--output": [".json"]})
     fid_metric = new_fid(trained.device) if options.fid else None  # now, for it may be missing
-    data = partial(load_images, trained.dataset, options.data_dir, data_url=options.data_url)
-    with distributed.first_of_machine_first():
-        held_out = data(train=False)
+    dataset = options.dataset or trained.dataset
+    data = partial(load_images, dataset, options.data_dir, data_url=options.data_url)
+    held_out = data(train=False)
     report: Report = {
         "stage": stage.name,
         "checkpoint": str(trained.path),
         "weights": options.weights,
         "epochs": trained.epochs,
         "steps": trained.steps,
-        "dataset": trained.dataset,
+        "dataset": dataset,
         "seed": options.seed,
         "device": str(trained.device),
         "precision": trained.precision,
@@ -61,7 +63,7 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
     }
     schedule = NoiseSchedule().to(trained.device)
     model = noise_predictor(trained.model, trained.precision)
-    report["loss"] = _timed(lambda: _loss(measure_losses(model, schedule, held_out, options.seed), schedule))
+    report["loss"] = _timed(lambda: _loss(model, schedule, held_out, options.seed))
     images = held_out[: options.num_images]
     report["bits_per_dim"] = _timed(
         lambda: _bits_per_dim(measure_bound(model, schedule, images, exact=options.exact, seed=options.seed))
@@ -82,9 +84,10 @@ def _timed(measure: Callable[[], Report]) -> Report:
     return {**measure(), "seconds": time.perf_counter() - started}
 
 
-def _loss(losses: Tensor, schedule: NoiseSchedule) -> Report:
-    loss, quarters = loss_by_quarter(losses, schedule.steps)
-    return {**loss._asdict(), "quarters": [quarter._asdict() for quarter in quarters], "images": len(losses)}
+def _loss(model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, seed: int) -> Report:
+    losses = measure_losses(model, schedule, repeated(images, schedule.steps), seed)
+    loss, quarters = loss_by_quarter(losses, schedule.steps, len(images))
+    return {**loss._asdict(), "quarters": [quarter._asdict() for quarter in quarters], "images": len(images)}
 
 
 def _bits_per_dim(bound: Bound) -> Report:
@@ -106,7 +109,7 @@ def _table(report: Report) -> str:
     lines = [
         f"{report['stage']}: {report['weights']} weights after {counted(report['epochs'], 'epoch')}, "
         f"{counted(report['steps'], 'step')} of training; "
-        + "{dataset}; {device} in {precision}; seed {seed}".format(**report),
+        + printable("{dataset}; {device} in {precision}; seed {seed}".format(**report)),
         "| | mean | standard error |",
         "|---|---|---|",
         *(f"| {name} | {estimate['mean']:.5f} | {estimate['standard_error']:.5f} |" for name, estimate in rows),

@@ -2,11 +2,12 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -107,18 +108,33 @@ def path(word: str) -> Path:
         raise argparse.ArgumentTypeError(f"{word}: {error}") from error
 
 
+def dataset(word: str) -> str:
+    """The name of a data set, or the absolute path of one's own; a checkpoint may carry that to another system."""
+    if word in DATASETS or PurePosixPath(word).is_absolute() or PureWindowsPath(word).is_absolute():
+        return word
+    return os.path.abspath(path(word))
+
+
+def _precision(word: str) -> str:
+    if word not in PRECISIONS:
+        raise argparse.ArgumentTypeError(f"must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {word!r}")
+    return word
+
+
 def _url(word: str) -> str:
     if not word.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"must start with http:// or https://, got {word!r}")
     return word
 
 
-TRAINING_TYPES: dict[str, Callable[[str], Any]] = {  # of numbers that a checkpoint carries too
+TRAINING_TYPES: dict[str, Callable[[str], Any]] = {  # of what a checkpoint carries too
     "epochs": whole_number(1),
     "batch_size": whole_number(1, TRAINING_IMAGES),
     "lr": positive_float,
     "ema_decay": partial(_number, kind=float, accept=lambda value: 0 <= value < 1, expected="from 0 to below 1"),
     "seed": seed,
+    "dataset": dataset,
+    "precision": _precision,
 }
 
 
@@ -167,9 +183,6 @@ def check_training_options(saved: dict[str, Any]) -> None:
     for name, convert in TRAINING_TYPES.items():
         if convert(str(saved[name])) != saved[name]:
             raise ValueError(f"its option {name} is {saved[name]!r}")
-    for name, choices in (("dataset", DATASETS), ("precision", PRECISIONS)):
-        if saved[name] not in choices:
-            raise ValueError(f"its option {name} is {saved[name]!r}")
 
 
 def flag(name: str) -> str:
@@ -196,13 +209,13 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
             add_option(training)
         if command is train:
             _add_training_options(training, stage.epochs)
-            _add_data_options(command.add_argument_group("data"), choose=True)
+            _add_data_options(command.add_argument_group("data"))
             _add_run_options(command.add_argument_group("run"))
         else:
             if command is test:
                 _add_test_options(command.add_argument_group("pictures"))
             else:
-                _add_data_options(command.add_argument_group("data"))
+                _add_data_options(command.add_argument_group("data"), default=None)
                 _add_eval_options(command.add_argument_group("measures"))
             _add_sampling_options(command.add_argument_group("sampling"))
         _add_common_options(command.add_argument_group("common"), stage)
@@ -222,11 +235,12 @@ def _add_training_options(group: OptionGroup, epochs: int) -> None:
         group.add_argument(flag(name), type=TRAINING_TYPES[name], default=getattr(defaults, name), help=text)
 
 
-def _add_data_options(group: OptionGroup, choose: bool = False) -> None:
-    add = group.add_argument
-    if choose:
-        add("--dataset", choices=DATASETS, default="cifar10", help="cifar10 is downloaded, shapes drawn, on first use")
-    add("--data-dir", type=path, default=Path("data"), help="folder that keeps the data set")
+def _add_data_options(group: OptionGroup, default: str | None = "cifar10") -> None:
+    add, names = group.add_argument, f"{{{','.join(DATASETS)},PATH}}"
+    own = "cifar10 is downloaded, shapes drawn, on first use; or your own images: a folder, or an .npy or .npz file"
+    text = own if default else f"{own} (default: what the model was trained on)"
+    add("--dataset", type=dataset, metavar=names, default=default, help=text)
+    add("--data-dir", type=path, default=Path("data"), help="folder that keeps cifar10 and shapes")
     add("--data-url", type=_url, help="another address of cifar-10-python.tar.gz (default: the official one)")
 
 
@@ -245,15 +259,17 @@ def _add_test_options(group: OptionGroup) -> None:
     add = group.add_argument
     film = "animated .webp or .gif to write: 64 of the images coming out of the noise (default: none)"
     strip = "PNG to write: 8 of the images at ten moments, from noise to picture (default: none)"
+    single = "new or empty folder to write every image to, as a PNG of its own (default: none)"
     add("--num-images", type=whole_number(1, MAX_SAMPLES), default=64, help="images in the grid")
     add("--output", type=path, help="PNG to write (default: samples.png beside the checkpoint)")
     add("--film", type=path, metavar="PATH", help=film)
     add("--trajectory", type=path, metavar="PATH", help=strip)
+    add("--save-images", type=path, metavar="DIR", help=single)
 
 
 def _add_eval_options(group: OptionGroup) -> None:
     add, images = group.add_argument, whole_number(2, HELD_OUT_IMAGES)
-    bits = "held-out images whose bits per dimension are measured; the loss is measured on all 10,000"
+    bits = "held-out images whose bits per dimension are measured, at most; the loss is measured on all"
     exact = "sum up all 999 KL terms of the bound for each image, instead of estimating their sum from 10"
     fid = 'Frechet inception distance of N samples; takes "torchmetrics[image]" (default: not measured)'
     add("--output", type=path, help="JSON file to write (default: eval.json beside the checkpoint)")
@@ -287,7 +303,7 @@ def _add_common_options(group: OptionGroup, stage: Stage) -> None:
     )
     add("--run-dir", type=path, default=Path("runs") / stage.name, help="folder of the run")
     add("--device", choices=devices, default="auto", help="auto: the first of cuda, mps, cpu")
-    add("--precision", choices=PRECISIONS, default="auto", help=precision)
+    add("--precision", type=_precision, metavar=f"{{{','.join(PRECISIONS)}}}", default="auto", help=precision)
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
 
 

@@ -165,6 +165,26 @@ def check_outputs(outputs: Mapping[str, Path | None], endings: Mapping[str, Sequ
             raise UsageError(f"argument {option}: {path} is that of {others[0]} too")
 
 
+def check_folder(folder: Path, outputs: Mapping[str, Path | None]) -> None:
+    """Makes sure, before any work, that images can be written to a folder and replace nothing there.
+
+    Raises:
+        UsageError: it is a file, or there is something in it, or what another option writes will be.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"argument --save-images: {folder} is there already; name a new folder, or an empty one")
+    for option, path in outputs.items():
+        if path and path.parent.resolve() == folder.resolve():
+            raise UsageError(f"argument --save-images: {folder} is the folder of {option} too; name another one")
+
+
+def save_images(images: Tensor, folder: Path) -> None:
+    """Writes uint8 images (N, 3, 32, 32) as a PNG each: 0000.png, 0001.png and so on."""
+    for number, image in enumerate(images):
+        with atomic_write(folder / f"{number:04}.png") as file:
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
+
+
 def save_grid(images: Tensor, path: Path) -> None:
     """Writes uint8 images (N, 3, 32, 32) as one PNG, as square as it goes, two black pixels between them."""
     with atomic_write(path) as file:

@@ -16,11 +16,13 @@ from common.run.options import Stage
 from common.run.pictures import (
     FILM_FORMATS,
     Film,
+    check_folder,
     check_outputs,
     default_steps,
     sample_images,
     save_film,
     save_grid,
+    save_images,
     save_trajectory,
 )
 
@@ -33,9 +35,13 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
     steps = sampling_steps(options)
     outputs = {"--output": options.output, "--film": options.film, "--trajectory": options.trajectory}
     check_outputs(outputs, ENDINGS)
+    if options.save_images:
+        check_folder(options.save_images, outputs)
     trained = load_trained(stage, options, typed, min(options.batch_size, options.num_images))
     output = options.output or trained.folder / "samples.png"
     check_outputs({**outputs, "--output": output}, ENDINGS)
+    if options.save_images:
+        distributed.on_first(lambda: options.save_images.mkdir(parents=True, exist_ok=True))
     film, strip = Film(steps, FILM_FRAMES, 64), Film(steps, 10, 8)
 
     def watch(start: int, step: int, xt: Tensor) -> None:
@@ -57,6 +63,9 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
             f"{options.weights} weights after {counted(trained.epochs, 'epoch')}, {counted(trained.steps, 'step')} of "
             "training"
         )
+        if options.save_images:
+            save_images(images, options.save_images)
+            say(f"{options.save_images}: the same, a PNG each")
     return 0
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from common.likelihood import repeated
 from common.run import checkpoint, distributed, loop
 from common.run.checkpoint import Checkpoint, RunOptions
-from common.run.datasets import load_images
+from common.run.datasets import DATASETS, check_dataset, load_images
 from common.run.device import compile_model, compiles_training, pick_device, pick_precision
-from common.run.errors import UsageError, UserError, counted, say
+from common.run.errors import UsageError, UserError, counted, printable, say
 from common.run.folder import RUN_FILES, is_run_folder, locked, remove_run
 from common.run.models import build_model, new_model_options, refuse_contradictions, saved_model_options
 from common.run.options import Stage, flag
@@ -26,15 +27,20 @@ FIXED = ("dataset", "seed")  # training options that a run cannot change when it
 def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Trains a stage. Returns the exit status."""
     run_dir: Path = options.run_dir
+    distributed.on_first(lambda: check_dataset(options.dataset))
     is_first = distributed.RANK == 0
     device = pick_device(options.device)
     with ExitStack() as held:
         saved = distributed.on_first(lambda: _take_run_folder(stage, options, held))
         run = _make_run(stage, options, typed, saved, device)
-        with distributed.first_of_machine_first():
-            images, held_out = (
-                load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
-                for train in (True, False)
+        images, held_out = (
+            load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
+            for train in (True, False)
+        )
+        if len(images) < run.options.batch_size:
+            raise UsageError(
+                f"argument --batch-size: {run.options.batch_size} is more than the {len(images)} training images of "
+                f"{run.options.dataset}; give a smaller one"
             )
         if is_first:
             _announce(run, len(images), run_dir)
@@ -45,7 +51,7 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
         received = loop.train(
             run,
             images,
-            held_out,
+            repeated(held_out, run.schedule.steps),
             run_dir,
             max_steps=options.max_steps,
             sample_every=options.sample_every,
@@ -115,8 +121,11 @@ def _run_options(
     names = [field.name for field in fields(RunOptions)]
     if saved is None:
         return RunOptions(**{name: getattr(options, name) for name in names if hasattr(options, name)})
-    refuse_contradictions({name: typed[name] for name in FIXED if name in typed}, saved["training_options"], path)
     changed = {name: typed[name] for name in names if name in typed}
+    fixed = {name: changed[name] for name in FIXED if name in changed}
+    if not {options.dataset, saved["training_options"]["dataset"]} & {*DATASETS}:
+        fixed.pop("dataset", None)  # one's own images may have moved
+    refuse_contradictions(fixed, saved["training_options"], path)
     return replace(RunOptions(**saved["training_options"]), **changed)
 
 
@@ -126,7 +135,7 @@ def _announce(run: Run, num_images: int, run_dir: Path) -> None:
         where = f"{distributed.WORLD_SIZE} processes, each on {run.device.type} in {run.precision}"
     say(
         f"{run.stage}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
-        f"{num_images:,} images of {run.options.dataset}; {where}; "
+        f"{num_images:,} images of {printable(run.options.dataset)}; {where}; "
         f"{counted(run.options.epochs, 'epoch')}, {run.progress.epoch} done; {run_dir}"
     )
 
