@@ -34,7 +34,7 @@ from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.throughput import STAGES, new_model
+from benchmarks.throughput import SCHEDULE_STEPS, STAGES, flops_per_image, new_model
 from common.data import random_generator, to_float, to_uint8
 from common.diffusion import NoiseSchedule
 from common.run import checkpoint
