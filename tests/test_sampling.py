@@ -1,9 +1,11 @@
 """Both samplers, against diffusers step by step and with denoisers whose samples are known."""
 
+import argparse
 import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,14 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.diffusion import NoisePredictor, NoiseSchedule, ddim, ddpm, time_steps
+from common.run import test as command
+from common.run.device import in_precision
+from common.run.models import TrainedModel
 from common.run.pictures import Film, default_steps, sample_images, save_film, save_grid, save_trajectory
+from tests.tiny_run import Tiny
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +320,30 @@ def test_grid_is_as_square_as_it_goes(tmp_path: Path, count: int, columns: int, 
     width, height = Image.open(tmp_path / "grid.png").size
     padding = 0 if count == 1 else 2
     assert (width, height) == (columns * (32 + padding) + padding, rows * (32 + padding) + padding)
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts casts of these shapes to bfloat16."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].shape in self.shapes:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_steps_and_the_images_stay_as_they_are() -> None:
+    model = Tiny().eval()
+    trained = TrainedModel(Path(), Path(), model, torch.device("cpu"), "bf16", "shapes", 1, 1)
+    options = argparse.Namespace(sampler="ddpm", seed=0, batch_size=2)
+    with CountCasts({parameter.shape for parameter in model.parameters()}) as casts:
+        images = command.draw(trained, options, 4, steps=5)
+    assert casts.count == len(list(model.parameters()))
+    predict_noise = in_precision(model, "bf16")
+    assert torch.equal(images, sample_images(predict_noise, NoiseSchedule(), 4, steps=5, batch_size=2))

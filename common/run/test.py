@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from common.diffusion import NoiseSchedule
 from common.run import distributed
-from common.run.device import noise_predictor
+from common.run.device import autocast, noise_predictor
 from common.run.errors import UsageError, counted, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
@@ -94,14 +94,15 @@ def draw(
             bar.update(len(xt) if step else 0)
             watch(start, step, xt)
 
-        return sample_images(
-            noise_predictor(trained.model, trained.precision),
-            NoiseSchedule().to(trained.device),
-            num_images,
-            sampler=options.sampler,
-            steps=steps,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            spread=True,
-            watch=watch_and_tell,
-        )
+        with autocast(trained.device, trained.precision):  # around all steps: it keeps the weights that it has cast
+            return sample_images(
+                noise_predictor(trained.model, trained.precision),
+                NoiseSchedule().to(trained.device),
+                num_images,
+                sampler=options.sampler,
+                steps=steps,
+                seed=options.seed,
+                batch_size=options.batch_size,
+                spread=True,
+                watch=watch_and_tell,
+            )
