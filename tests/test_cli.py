@@ -132,10 +132,14 @@ def test_ddpm_takes_a_thousand_steps_by_default(
     assert "1 image by ddpm in 1000 steps, ema weights" in capsys.readouterr().out
 
 
-def test_film_and_trajectory_are_of_the_pictures_in_the_grid(run_dir: Path, tmp_path: Path) -> None:
+def test_film_and_trajectory_are_of_the_pictures_in_the_grid(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid, film, trajectory = (tmp_path / name for name in ("grid.png", "film.webp", "trajectory.png"))
     options = ("--run-dir", run_dir, "--num-images", 5, "--sampler", "ddim", "--steps", 20)
     assert run_stage(E, "test", *options, "--output", grid, "--film", film, "--trajectory", trajectory) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [str(grid), str(film), str(trajectory)]
     assert Image.open(film).size == Image.open(grid).size
     final, strip = (np.asarray(Image.open(path)) for path in (grid, trajectory))
     assert strip.shape == (2 + 5 * 34, 2 + 10 * 34, 3)

@@ -117,10 +117,10 @@ class Film:
         return [torch.cat([states[key] for key in sorted(states) if key[0] == moment]) for moment in self.moments]
 
 
-def save_film(frames: list[Tensor], path: Path, seconds_per_frame: float = 0.08) -> None:
+def save_film(frames: list[Tensor], path: Path) -> None:
     """Writes an animated WebP or GIF, by the file's extension: the frames as grids, the last one held for long."""
     grids = [_grid(frame, math.ceil(math.sqrt(len(frame)))) for frame in frames]
-    durations = [round(1000 * seconds_per_frame)] * (len(grids) - 1) + [2500]
+    durations = [80] * (len(grids) - 1) + [2500]  # milliseconds
     with atomic_write(path) as file:
         grids[0].save(
             file,

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,6 @@ from common.run.pictures import (
     save_trajectory,
 )
 
-FILM_FRAMES = 50
 ENDINGS = {"--output": [".png"], "--film": list(FILM_FORMATS), "--trajectory": [".png"]}
 
 
@@ -42,30 +42,33 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
     check_outputs({**outputs, "--output": output}, ENDINGS)
     if options.save_images:
         distributed.on_first(lambda: options.save_images.mkdir(parents=True, exist_ok=True))
-    film, strip = Film(steps, FILM_FRAMES, 64), Film(steps, 10, 8)
+    films: list[tuple[Path, Film, Callable[[list[Tensor], Path], None]]] = []
+    if options.film:
+        films.append((options.film, Film(steps, frames=50, num_images=64), save_film))
+    if options.trajectory:
+        films.append((options.trajectory, Film(steps, frames=10, num_images=8), save_trajectory))
 
     def watch(start: int, step: int, xt: Tensor) -> None:
-        if options.film:
+        for _, film, _ in films:
             film(start, step, xt)
-        if options.trajectory:
-            strip(start, step, xt)
 
     images = draw(trained, options, options.num_images, steps, watch)
-    film_frames, strip_frames = film.frames() if options.film else [], strip.frames() if options.trajectory else []
+    frames = [film.frames() for _, film, _ in films]
     if distributed.RANK == 0:
         save_grid(images, output)
-        if options.film:
-            save_film(film_frames, options.film)
-        if options.trajectory:
-            save_trajectory(strip_frames, options.trajectory)
         say(
             f"{output}: {counted(len(images), 'image')} by {options.sampler} in {counted(steps, 'step')}, "
             f"{options.weights} weights after {counted(trained.epochs, 'epoch')}, {counted(trained.steps, 'step')} of "
             "training"
         )
+        for (path, _, save), states in zip(films, frames):
+            save(states, path)
+            say(
+                f"{path}: {counted(len(states[0]), 'image')} at {counted(len(states), 'moment')}, from noise to picture"
+            )
         if options.save_images:
             save_images(images, options.save_images)
-            say(f"{options.save_images}: the same, a PNG each")
+            say(f"{options.save_images}: {counted(len(images), 'image')}, a PNG each")
     return 0
 
 
