@@ -32,16 +32,13 @@ def train(
     sample_every: int = 10,
     checkpoint_every: int | None = None,
 ) -> signal.Signals | None:
-    """Trains until the epochs are done, `max_steps` are made or a signal asks to stop. Then the checkpoint is saved.
+    """Trains until the epochs are done, the run has made `max_steps` or a signal asks to stop. Then it is saved.
 
     Of several processes, rank 0 alone writes and shows progress.
 
     Args:
         run: fresh, or restored from a checkpoint.
-        images: uint8 (N, 3, 32, 32), on the run's device.
-        held_out: uint8 (M, 3, 32, 32), of which the first 2000 are measured after every epoch.
-        run_dir: the run folder.
-        max_steps: optimiser steps to stop after, counted from the start of the run.
+        images, held_out: uint8 (N, 3, 32, 32); of the second, the first 2000 are measured after every epoch.
         sample_every: epochs between two sample grids; 0 draws none.
         checkpoint_every: steps between two checkpoints; None saves one after every epoch, but not within SAVE_EVERY.
 

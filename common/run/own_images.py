@@ -65,12 +65,11 @@ def _read_place(place: str) -> np.ndarray:
 
 def _read_array(path: str) -> np.ndarray:
     try:
-        images = np.load(path, allow_pickle=False)
-        if isinstance(images, np.lib.npyio.NpzFile):
-            with images as arrays:
-                if len(arrays.files) != 1:
-                    raise ValueError(f"it holds {len(arrays.files)} arrays, not one")
-                images = arrays[arrays.files[0]]
+        loaded = np.load(path, allow_pickle=False)
+        arrays = [loaded] if isinstance(loaded, np.ndarray) else [*loaded.values()]  # of an .npy, of an .npz
+        if len(arrays) != 1:
+            raise ValueError(f"it holds {len(arrays)} arrays, not one")
+        images = arrays[0]
     except Exception as error:  # there is no end of what damaged bytes make a reader raise
         reason = "" if "pickle" in str(error) else f": {error}"[:200]  # numpy would advise to unpickle it
         raise UserError(f"--dataset {path}: not an array that numpy.save wrote, or a damaged one{reason}") from error
