@@ -149,13 +149,9 @@ class Model(nn.Module):
 
 
 def attention_resolutions(group: options.OptionGroup) -> None:
+    text, size = "pixels a side of the levels that attend to themselves", options.whole_number(1, 32)
     group.add_argument(
-        "--attention-resolutions",
-        type=options.whole_number(1, 32),
-        action=options.AnyOrder,
-        nargs="*",
-        default=[16],
-        help="pixels a side of the levels whose ResnetBlocks are followed by attention",
+        "--attention-resolutions", type=size, action=options.AnyOrder, nargs="*", default=[16], help=text
     )
 
 

@@ -18,9 +18,8 @@ ACTIVATIONS: dict[str, ActivationFn] = {
 
 def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
     """Sets a convolution to zero, so that a block starts as its shortcut, and an untrained network predicts 0."""
-    nn.init.zeros_(conv.weight)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
+    for weight in conv.parameters():
+        nn.init.zeros_(weight)
     return conv
 
 
@@ -30,13 +29,6 @@ def group_norm(channels: int, norm_groups: int | None = None) -> nn.GroupNorm:
     32 groups are DDPM's (arXiv:2006.11239), whose narrowest level has 128 channels. For fewer channels EDM's code
     (arXiv:2206.00364) has the lower limit. With one channel to a group, the norm would take each channel's mean
     away, and with it the colour, or the time step that ResnetBlock has just added.
-
-    Args:
-        channels: by default a multiple of 4; of 32 from 128 on.
-        norm_groups: another number of groups, which divides `channels`.
-
-    Raises:
-        ValueError: the channels cannot be split into so many groups.
     """
     groups = min(32, channels // 4) if norm_groups is None else norm_groups
     if groups < 1 or channels % groups:

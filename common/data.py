@@ -50,7 +50,10 @@ def random_generator(device: torch.device | str, seed: int, purpose: str, index:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seeds whatever a training step may draw from: torch's generators, also for dropout, numpy's and Python's own."""
+    """Seeds all that a training step may draw from: torch's generators, as dropout does, numpy's and Python's own.
+
+    So a training that was interrupted draws what it would have drawn.
+    """
     step_seed = random_seed(seed, "step", step)
     torch.manual_seed(step_seed)
     np.random.seed(step_seed % 2**32)
@@ -58,9 +61,6 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def random_seed(seed: int, purpose: str, index: int) -> int:
-    """A seed of 64 bits that depends on nothing but the arguments.
-
-    Every step of a training has one of its own, so that one that was interrupted draws what it would have drawn.
-    """
+    """A seed that depends on nothing but the arguments."""
     entropy = [seed, int.from_bytes(purpose.encode(), "big"), index]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

@@ -28,12 +28,6 @@ class NoiseSchedule(nn.Module):
     alpha: Tensor  # 1 - beta
     alpha_bar: Tensor  # product of alpha[0..t]: the share of the image's variance left in x_t
 
-    _image_scale: Tensor
-    _noise_scale: Tensor
-    _posterior_x0_scale: Tensor
-    _posterior_xt_scale: Tensor
-    _posterior_variance: Tensor
-
     def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, beta: Tensor | None = None):
         super().__init__()
         if beta is None:
@@ -41,18 +35,18 @@ class NoiseSchedule(nn.Module):
         self.steps = len(beta)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
-        alpha_bar_prev = _shifted(alpha_bar)
+        alpha_bar_prev = _previous(alpha_bar)
         self._exact_alpha_bar = alpha_bar  # float64, on the CPU, for not every device has float64
         constants = {
             "beta": beta,
             "alpha": alpha,
             "alpha_bar": alpha_bar,
             # Kept, not derived from the rounded alpha_bar: 1 - alpha_bar would be off by up to 0.03 % at t = 0.
-            "_image_scale": alpha_bar.sqrt(),
-            "_noise_scale": (1 - alpha_bar).sqrt(),
-            "_posterior_x0_scale": beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
-            "_posterior_xt_scale": (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar),
-            "_posterior_variance": beta * (1 - alpha_bar_prev) / (1 - alpha_bar),
+            "image_scale": alpha_bar.sqrt(),
+            "noise_scale": (1 - alpha_bar).sqrt(),
+            "posterior_x0_scale": beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
+            "posterior_xt_scale": (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar),
+            "posterior_variance": beta * (1 - alpha_bar_prev) / (1 - alpha_bar),
         }
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
@@ -60,59 +54,40 @@ class NoiseSchedule(nn.Module):
     def strided(self, times: Sequence[int]) -> "NoiseSchedule":
         """The same noising process in fewer, larger steps: step i of it has the alpha_bar of step `times[i]` here.
 
-        Its beta follows from that (Improved DDPM, arXiv:2102.09672, section 4). With all time steps, the result is this
-        schedule again.
-
-        Args:
-            times: ascending, each from 0 to steps - 1.
+        `times` ascend. Its beta follows from that (Improved DDPM, arXiv:2102.09672, section 4).
         """
         alpha_bar = self._exact_alpha_bar[list(times)]
-        return NoiseSchedule(beta=1 - alpha_bar / _shifted(alpha_bar)).to(self.beta.device)
+        return NoiseSchedule(beta=1 - alpha_bar / _previous(alpha_bar)).to(self.beta.device)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t drawn from q(x_t | x0) in one go (eq. 4), with the standard normal `noise` (B, C, H, W)."""
-        return _at(self._image_scale, t) * x0 + _at(self._noise_scale, t) * noise
+        return self._at("image_scale", t) * x0 + self._at("noise_scale", t) * noise
 
     def estimate_x0(self, xt: Tensor, t: Tensor, pred_noise: Tensor) -> Tensor:
         """The x0 which the predicted noise implies: `add_noise` solved for x0 (eq. 15). Not clipped."""
-        return (xt - _at(self._noise_scale, t) * pred_noise) / _at(self._image_scale, t)
+        return (xt - self._at("noise_scale", t) * pred_noise) / self._at("image_scale", t)
 
     def implied_noise(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
         """The noise that leads from x0 to x_t: `add_noise` solved for the noise."""
-        return (xt - _at(self._image_scale, t) * x0) / _at(self._noise_scale, t)
+        return (xt - self._at("image_scale", t) * x0) / self._at("noise_scale", t)
 
     def posterior(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x0) (eqs. 6 and 7).
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1), 0 at t = 0, of q(x_{t-1} | x_t, x0) (eqs. 6 and 7)."""
+        mean = self._at("posterior_x0_scale", t) * x0 + self._at("posterior_xt_scale", t) * xt
+        return mean, self._at("posterior_variance", t)
 
-        The variance is 0 at t = 0, where x_{t-1} is x0 itself.
-        """
-        mean = _at(self._posterior_x0_scale, t) * x0 + _at(self._posterior_xt_scale, t) * xt
-        return mean, _at(self._posterior_variance, t)
+    def _at(self, constant: str, t: Tensor) -> Tensor:
+        """A constant at each image's time step, (B,) -> (B, 1, 1, 1), to be multiplied with images."""
+        return self.get_buffer(constant)[t][:, None, None, None]
 
 
-def _shifted(alpha_bar: Tensor) -> Tensor:
+def _previous(alpha_bar: Tensor) -> Tensor:
     """alpha_bar of the step before each, which is 1 before the first."""
     return torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
 
 
-def _at(constants: Tensor, t: Tensor) -> Tensor:
-    """The constants of each image's time step, (B,) -> (B, 1, 1, 1), to be multiplied with images."""
-    return constants[t][:, None, None, None]
-
-
-# The loss
-
-
 def diffusion_loss(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """DDPM's simple loss (eq. 14): how far the predicted noise is from the noise, squared, averaged over an image.
-
-    Args:
-        x0, noise: float32 (B, C, H, W).
-        t: int64 (B,).
-
-    Returns:
-        float32 (B,), one for each image.
-    """
+    """DDPM's simple loss (eq. 14): the squared error of the predicted noise, averaged over each image, (B,)."""
     xt = schedule.add_noise(x0, t, noise)
     pred_noise = model(xt, t)
     return (pred_noise - noise).square().mean(dim=(1, 2, 3))
@@ -139,7 +114,6 @@ def ddpm(
     its eq. 16 and eta = 1 (arXiv:2010.02502).
 
     Args:
-        model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
         xt: standard normal noise (B, C, H, W).
         generator: where each step's noise comes from, on the device of `xt`.
         steps: how many of the schedule's time steps to visit, 1 to `schedule.steps`; by default all of them.
@@ -160,16 +134,7 @@ def ddpm(
 
 @torch.no_grad()
 def ddim(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, steps: int) -> Iterator[Tensor]:
-    """Walks back without fresh noise (DDIM, arXiv:2010.02502, eq. 12 with sigma = 0), x0 clipped to [-1, 1].
-
-    Args:
-        model: predicts the noise (B, C, H, W) in x_t from x_t and t (B,).
-        xt: standard normal noise (B, C, H, W).
-        steps: how many of the schedule's time steps to visit, 1 to `schedule.steps`.
-
-    Yields:
-        `steps` states (B, C, H, W); the last is the image in [-1, 1].
-    """
+    """Walks back without fresh noise (DDIM, arXiv:2010.02502, eq. 12, sigma = 0); takes and yields what `ddpm` does."""
     times = time_steps(schedule.steps, steps)
     for i in reversed(range(len(times))):
         t = torch.full((len(xt),), times[i], device=xt.device)
@@ -180,7 +145,7 @@ def ddim(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, steps: int)
 
 
 def time_steps(schedule_steps: int, steps: int) -> list[int]:
-    """The time steps that a sampler visits, in ascending order: evenly spaced, the last one is `schedule_steps` - 1.
+    """The time steps that a sampler visits, evenly spaced up to the last: (1000, 4) -> [249, 499, 749, 999].
 
     This is "trailing" in Table 2 of arXiv:2305.08891: sampling starts where the training's noise is strongest.
     """

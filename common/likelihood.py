@@ -29,18 +29,12 @@ class Estimate(NamedTuple):
 
 
 def repeated(images: Tensor, steps: int) -> Tensor:
-    """Held-out images, some of them several times where they are few, so that each time step is met equally often.
+    """Held-out images (N, ...), in turn, again and again, up to the first multiple of `steps` that is N or more.
 
-    Args:
-        images: (N, ...).
-        steps: the schedule's.
-
-    Returns:
-        (M, ...), M the first multiple of `steps` that is at least N and 2 * `steps`: all images in turn, again and
-        again.
+    So each time step is met equally often, at least twice.
     """
     number = torch.arange(steps * max(2, math.ceil(len(images) / steps)))
-    shift = number // math.lcm(len(images), steps)  # or an image would come back to a time step that it has met
+    shift = number // math.lcm(len(images), steps)  # by one where an image would meet the same time step again
     return images[(number + shift) % len(images)]
 
 
@@ -48,27 +42,19 @@ def repeated(images: Tensor, steps: int) -> Tensor:
 def held_out_losses(
     model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, start: int = 0, seed: int = 0
 ) -> Tensor:
-    """The noise-prediction loss (eq. 14 of DDPM) of a block of held-out images, at one time step each.
-
-    Args:
-        images: uint8 (N, 3, 32, 32), all of them.
-        start: number of the block's first image, a multiple of HELD_OUT_BLOCK.
-        seed: of the noise.
-
-    Returns:
-        float32 (B,), B up to HELD_OUT_BLOCK; image i is measured at time step i modulo `schedule.steps`.
-    """
+    """The noise-prediction loss (eq. 14 of DDPM) of each image of `held_out_draws`, float32 (B,)."""
     return diffusion_loss(model, schedule, *held_out_draws(images, start, schedule, seed))
 
 
 def held_out_draws(images: Tensor, start: int, schedule: NoiseSchedule, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The block of held-out images that begins at number `start`, with time steps and noise that are always the same.
+    """A block of held-out images, with time steps and noise that are always the same.
 
     Image i is noised to time step i modulo `schedule.steps`, so that every time step is met equally often. The noise
     is drawn on the CPU, so that all models, on all devices, are measured on the same one.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W), all of them.
+        start: number of the block's first image, a multiple of HELD_OUT_BLOCK.
 
     Returns:
         x0, float32 (B, C, H, W); t, int64 (B,); noise, like x0; on the schedule's device. B is HELD_OUT_BLOCK or less.
@@ -95,20 +81,21 @@ def loss_by_quarter(losses: Tensor, steps: int, num_images: int | None = None) -
 
     Args:
         losses: of `held_out_losses`, (N,), N a multiple of `steps`, at least twice that.
-        steps: the schedule's, a multiple of 4.
         num_images: how many different images they are of, by default N. An image that is measured several times tells
             little new, so the standard errors are those of as many measurements as there are images: rather too large.
-
-    Raises:
-        ValueError: N is not such a number.
     """
     if len(losses) % steps or len(losses) < 2 * steps:
         raise ValueError(f"held-out images: must be a multiple of {steps}, at least {2 * steps}; got {len(losses)}")
     by_time = losses.view(-1, steps)
-    widening = math.sqrt(len(losses) / (num_images or len(losses)))
+    error_scale = math.sqrt(len(losses) / (num_images or len(losses)))
     estimates = [stratified_mean(part) for part in (by_time, *by_time.chunk(4, dim=1))]
-    loss, *quarters = [Estimate(mean, error * widening) for mean, error in estimates]
+    loss, *quarters = [Estimate(mean, error * error_scale) for mean, error in estimates]
     return loss, quarters
+
+
+def mean_over_images(values: Tensor) -> Estimate:
+    """The mean of values (N,), one an image, with its standard error."""
+    return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
 # Bits per dimension
@@ -128,13 +115,7 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def variational_bound(
-    model: NoisePredictor,
-    schedule: NoiseSchedule,
-    images: Tensor,
-    start: int = 0,
-    *,
-    exact: bool = False,
-    seed: int = 0,
+    model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, start: int = 0, exact: bool = False, seed: int = 0
 ) -> Bound:
     """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images under what `diffusion.ddpm` draws.
 
@@ -142,9 +123,7 @@ def variational_bound(
     0, it is that of t = 1.
 
     Args:
-        model: predicts noise.
-        images: uint8 (N, 3, 32, 32), all of them.
-        start: number of the block's first image, a multiple of HELD_OUT_BLOCK.
+        images, start: as of `held_out_draws`.
         exact: sum up all KL terms. Otherwise each image gets an unbiased estimate of the sum: one term, at a random
             time step, from each of the ranges 1, 2 to 3, 4 to 7, ... of time steps, times the length of the range.
         seed: of the noise and of those time steps.
@@ -176,21 +155,13 @@ def kl_ranges(steps: int, exact: bool) -> list[tuple[int, int]]:
 
 def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     """KL of q(x_T | x0) from the standard normal distribution, in nats, float64 (B,). x0: (B, C, H, W)."""
-    last = schedule.alpha_bar[-1].cpu().double()  # to the CPU first: not every GPU has float64
-    kl = (last * x0.cpu().double().square() - last - torch.log1p(-last)) / 2
+    alpha_bar = schedule.alpha_bar[-1].cpu().double()  # to the CPU first: not every GPU has float64
+    kl = (alpha_bar * x0.cpu().double().square() - alpha_bar - torch.log1p(-alpha_bar)) / 2
     return kl.sum(dim=(1, 2, 3))
 
 
 def kl_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """KL of the posterior q(x_{t-1} | x_t, x0) from the model's p(x_{t-1} | x_t), which has the same variance.
-
-    Args:
-        x0, noise: (B, C, H, W).
-        t: int64 (B,), 1 or more.
-
-    Returns:
-        nats, float64 (B,).
-    """
+    """KL of q(x_{t-1} | x_t, x0) from the model's p(x_{t-1} | x_t), same variance, in nats, float64 (B,); t >= 1."""
     xt = schedule.add_noise(x0, t, noise)
     mean, variance = schedule.posterior(x0, xt, t)
     model_mean, _ = schedule.posterior(clipped_x0(model, schedule, xt, t), xt, t)
@@ -198,15 +169,7 @@ def kl_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, t: Tenso
 
 
 def decoder_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, noise: Tensor) -> Tensor:
-    """-log p(x0 | x_t) at t = 0, where p is a normal distribution cut into 256 levels (eq. 13 of DDPM).
-
-    Args:
-        x0: (B, C, H, W), with the values k / 127.5 - 1.
-        noise: (B, C, H, W).
-
-    Returns:
-        nats, float64 (B,).
-    """
+    """-log p(x0 | x_t) at t = 0, p a normal distribution cut into 256 levels (DDPM's eq. 13), in nats, float64 (B,)."""
     t = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
     xt = schedule.add_noise(x0, t, noise)
     _, variance = schedule.posterior(x0, xt, t + 1)  # for at t = 0 it is 0; the posterior's mean there is x0 itself
@@ -215,11 +178,6 @@ def decoder_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, noi
     lower = torch.where(x0 < -1 + LEVEL / 2, -math.inf, (x0 - LEVEL / 2 - mean) / deviation)
     upper = torch.where(x0 > 1 - LEVEL / 2, math.inf, (x0 + LEVEL / 2 - mean) / deviation)
     return -_log_normal_mass(lower, upper).sum(dim=(1, 2, 3))
-
-
-def mean_over_images(values: Tensor) -> Estimate:
-    """The mean of values (N,), one an image, with its standard error."""
-    return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
 def _log_normal_mass(lower: Tensor, upper: Tensor) -> Tensor:

@@ -34,13 +34,7 @@ class Progress:
 
 
 class Trainer:
-    """A model that learns to predict noise.
-
-    Args:
-        model: maps x_t (B, 3, 32, 32) and t (B,) to the noise in x_t; trained on the device where it lies.
-        options: see TrainingOptions.
-        progress: counters to go on from; by default a new training begins.
-    """
+    """A model that learns to predict noise, in train mode, on the device where it lies."""
 
     def __init__(self, model: nn.Module, options: TrainingOptions, progress: Progress | None = None):
         self.model = model
@@ -55,11 +49,7 @@ class Trainer:
         self.predict_noise: NoisePredictor = model  # a wrapper of the model may take its place
 
     def steps(self, images: Tensor) -> Iterator[Tensor]:
-        """Algorithm 1: trains until the epochs are done, and yields the mean loss of every step's batch, a scalar.
-
-        Args:
-            images: uint8 (N, 3, 32, 32), on the trainer's device.
-        """
+        """Algorithm 1 on uint8 images (N, 3, 32, 32), until the epochs are done; yields the mean loss of each step."""
         options, progress = self.options, self.progress
         while progress.epoch < options.epochs:
             batches = shuffled_batches(images, options.batch_size, options.seed, progress.epoch, progress.seen)
@@ -82,11 +72,7 @@ class Trainer:
         return random_hflip(x0) if self.options.hflip else x0
 
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor, loss_weight: Tensor) -> Tensor:
-        """Brings the weights a little way down the gradient of the mean loss, in which image i counts `loss_weight[i]`.
-
-        Returns:
-            The mean loss before the step, a scalar.
-        """
+        """One step down the gradient of the mean loss, in which image i counts `loss_weight[i]`. Returns that mean."""
         loss = (diffusion_loss(self.predict_noise, self.schedule, x0, t, noise) * loss_weight).sum()
         self.optimizer.zero_grad()
         loss.backward()
