@@ -16,7 +16,7 @@ from common.diffusion import NoiseSchedule
 from common.likelihood import held_out_draws
 from common.run import device
 from common.run.checkpoint import RunOptions
-from common.run.device import GraphedFunction, in_precision, noise_predictor
+from common.run.device import GraphedFunction, autocast, in_precision, noise_predictor
 from common.run.pictures import sample_images
 from common.run.trainer import Run
 from tests import fake_graph, tiny_run
@@ -89,12 +89,14 @@ def test_recorded_steps_skip_what_overflows_fp16_and_scale_gradients_as_plain_on
     assert_same(dict(plain), dict(replayed))
 
 
-def test_recorded_sampling_draws_the_plain_images_also_in_a_smaller_last_batch() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_sampling_draws_the_plain_images_also_in_a_smaller_last_batch(precision: str) -> None:
     model, schedule = tiny_run.Tiny(), NoiseSchedule()
-    graphed = noise_predictor(model)
+    graphed = noise_predictor(model, precision)
     assert isinstance(graphed, GraphedFunction)
-    images = sample_images(graphed, schedule, 10, steps=7, batch_size=4)
-    expected = sample_images(in_precision(model), schedule, 10, steps=7, batch_size=4)
+    with autocast(torch.device("cpu"), precision):  # as `test` does
+        images = sample_images(graphed, schedule, 10, steps=7, batch_size=4)
+    expected = sample_images(in_precision(model, precision), schedule, 10, steps=7, batch_size=4)
     assert graphed.graph.replays == 3 * 7 - device.WARM_UP_CALLS  # type: ignore[union-attr]
     assert (images.int() - expected.int()).abs().max() <= 1  # a convolution of 4 images adds up otherwise than of 2
 
