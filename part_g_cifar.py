@@ -149,7 +149,7 @@ class Model(nn.Module):
 
 
 def attention_resolutions(group: options.OptionGroup) -> None:
-    text, size = "pixels a side of the levels that attend to themselves", options.whole_number(1, 32)
+    text, size = "pixels a side of the levels that have attention", options.whole_number(1, 32)
     group.add_argument(
         "--attention-resolutions", type=size, action=options.AnyOrder, nargs="*", default=[16], help=text
     )
