@@ -215,6 +215,7 @@ def test_precision_is_what_is_asked_for_or_what_the_processor_has() -> None:
         ("A100", (8, 0), True, "bf16"),
         ("T4", (7, 5), False, "fp16"),
         ("V100", (7, 0), False, "fp16"),
+        ("GeForce GTX 1660", (7, 5), False, "fp32"),  # numbered as if it had tensor cores
         ("P100", (6, 0), False, "fp32"),
     ],
 )
@@ -223,5 +224,6 @@ def test_a_gpu_without_bf16_computes_in_fp16_if_it_has_tensor_cores(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
     assert pick_precision("auto", torch.device("cuda")) == precision
     assert pick_precision("fp32", torch.device("cuda")) == "fp32"

@@ -202,7 +202,8 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
     }
     train, test, evaluate = (commands.add_parser(n, help=texts[n], formatter_class=_HelpFormatter) for n in texts)
     for command in (train, test, evaluate):
-        model, training = command.add_argument_group("model"), command.add_argument_group("training")
+        model = command.add_argument_group("model")
+        training = command.add_argument_group("training" if command is train else "training (without effect here)")
         for add_option in stage.model_options:
             add_option(model)
         for add_option in stage.training_options:
