@@ -49,15 +49,11 @@ def random_generator(device: torch.device | str, seed: int, purpose: str, index:
     return torch.Generator(device).manual_seed(random_seed(seed, purpose, index))
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seeds all that a training step may draw from: torch's generators, as dropout does, numpy's and Python's own.
-
-    So a training that was interrupted draws what it would have drawn.
-    """
-    step_seed = random_seed(seed, "step", step)
-    torch.manual_seed(step_seed)
-    np.random.seed(step_seed % 2**32)
-    random.seed(step_seed)
+def seed_everything(seed: int) -> None:
+    """Seeds all that a model may draw from: torch's generators, as dropout does, numpy's and Python's own."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def random_seed(seed: int, purpose: str, index: int) -> int:

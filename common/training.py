@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common.data import random_hflip, seed_step, shuffled_batches, to_float
+from common.data import random_hflip, random_seed, seed_everything, shuffled_batches, to_float
 from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
 
 
@@ -54,7 +54,7 @@ class Trainer:
         while progress.epoch < options.epochs:
             batches = shuffled_batches(images, options.batch_size, options.seed, progress.epoch, progress.seen)
             for batch, loss_weight in batches:
-                seed_step(options.seed, progress.step)
+                seed_everything(random_seed(options.seed, "step", progress.step))  # also when a training goes on here
                 x0 = self.augment(batch)
                 t = torch.randint(self.schedule.steps, (len(x0),), device=self.device)
                 noise = torch.randn_like(x0)
@@ -85,7 +85,7 @@ class AveragedWeights:
 
     After n updates the old average keeps the share (1 + n) / (10 + n), `decay` at most, and nothing at n = 0: it spans
     about the last tenth of the training so far, so that the random start is soon forgotten and a short training profits
-    too. Buffers are copied; frozen weights stay.
+    too. Buffers and frozen weights are copied.
 
     torch's AveragedModel walks through all modules at every update, which takes milliseconds, and makes a GPU wait.
     """
@@ -96,15 +96,16 @@ class AveragedWeights:
         pairs = [(a, weight) for a, weight in zip(self.module.parameters(), model.parameters()) if weight.requires_grad]
         self._averaged = [average for average, _ in pairs]
         self._current = [weight.detach() for _, weight in pairs]
-        self._buffers = [
+        self._copied = [
             (averaged, current, name)
             for averaged, current in zip(self.module.modules(), model.modules())
-            for name, _ in current.named_buffers(recurse=False)
+            for name, tensor in (*current.named_buffers(recurse=False), *current.named_parameters(recurse=False))
+            if not tensor.requires_grad
         ]
 
     def update(self, n: int) -> None:
         """Takes in the model's weights as they are now, after `n` updates; the first time, it takes them over."""
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         get_ema_multi_avg_fn(decay)(self._averaged, self._current, n)
-        for averaged_module, module, name in self._buffers:  # looked up each time: a model may put another in its place
+        for averaged_module, module, name in self._copied:  # looked up each time: a model may put another in its place
             getattr(averaged_module, name).copy_(getattr(module, name))

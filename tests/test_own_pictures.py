@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,23 @@ def test_several_arrays_in_a_file_are_refused(tmp_path: Path, pixels: np.ndarray
     np.savez(tmp_path / "a.npz", pixels, pixels)
     with pytest.raises(UserError, match="it holds 2 arrays, not one"):
         load(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("notes.txt", "not an array")
+    with pytest.raises(UserError, match="it holds no array"):
+        load(tmp_path / "b.npz")
+
+
+def test_a_run_folder_among_the_images_adds_none(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    short = ("--dataset", own, "--device", "cpu", "--batch-size", 2, "--max-steps", 1, "--sample-every", 0)
+    assert "--run-dir" in fails(["train", *short, "--run-dir", own], 2, capsys)
+    assert run_stage(A, "train", *short, "--run-dir", own / "run") == 0
+    assert (own / "run" / "samples" / "data.png").exists()
+    _read_place.cache_clear()
+    assert [len(part) for part in load(own)] == [130, 100]
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

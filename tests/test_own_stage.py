@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.diffusion import NoiseSchedule
 from common.run import checkpoint, evaluate
 from common.run.cli import main
 from common.run.options import OptionGroup, Stage
+from common.run.pictures import sample_images
 from tests.test_training import assert_same
 from tests.tiny_run import Tiny, make_images
 
@@ -182,6 +184,7 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
         group.add_argument("-d", "--deeper", action="count", default=0)
         group.add_argument("--causal", action="store_const", const="causal", default="full")
         group.add_argument("--percent", type=lambda word: int(word) / 100, default=1.0)
+        group.add_argument("--extra", type=int, action="append", default=[7])
 
     built: list[dict[str, Any]] = []
 
@@ -204,14 +207,16 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
         "--causal",
         "--percent",
         5,
+        "--extra",
+        1,
     )
     asked = {"wide": True, "gated": False, "num_heads": 2, "dropout": 0.1, "sizes": [3, 4], "deeper": 2}
-    asked |= {"causal": "causal", "percent": 0.05}
+    asked |= {"causal": "causal", "percent": 0.05, "extra": [7, 1]}
     command = run(stage, "run")
     assert command("train", *options, "--dataset", "shapes", "--batch-size", 4, "--max-steps", 1) == 0
     assert command("train", "--resume", "--max-steps", 2) == 0
     assert built[-1] == asked
-    assert command("test", "--steps", 1, "--num-images", 1) == 0
+    assert command("test", "--steps", 1, "--num-images", 1, *options) == 0
     assert built[-1] == asked
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", "part_h")["progress"]["step"] == 2
     assert command("test", "--gated") == 2
@@ -259,7 +264,9 @@ def test_weights_that_are_not_finite_never_replace_good_ones(
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [
-        (("--lr",), {"type": float}, "argument --lr: conflicting option string: --lr"),
+        (("--lr",), {"type": float}, "every stage has lr already"),
+        (("--init",), {"dest": "weights"}, "every stage has weights already"),
+        (("--rate",), {"dest": "command"}, "every stage has command already"),
         (("--width",), {"required": True}, "required: --width; give each a default"),
         (("width",), {}, "required: width; give each a default"),
     ],
@@ -299,3 +306,156 @@ def test_whatever_a_step_draws_from_it_is_seeded(tmp_path: Path, run: Callable[[
             assert run(stage, folder)("train", *short) == 0
     cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", "part_h") for folder in ("cut", "uncut"))
     assert_same(dict(cut), dict(uncut))
+
+
+class Special(Tiny):
+    """A Tiny with a part of its own, which a subclass adds."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(self.part(x), t)
+
+    def part(self, x: Tensor) -> Tensor:
+        return x
+
+
+class BatchNorm(Special):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class Features(Special):
+    """Fixed features that are random, and in no state dict; a weight that numpy has drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torch.randn(3, 1, 1)
+        self.weight = nn.Parameter(torch.tensor(np.random.rand()))
+
+    def part(self, x: Tensor) -> Tensor:
+        return x * self.features * self.weight
+
+
+class Codebook(Special):
+    """A frozen weight that the model changes by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def part(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.codes.add_(1)
+        return x * self.codes
+
+
+class InPlace(Special):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x *= 2
+        t += 1
+        return super().forward(x, t)
+
+
+class Gaps(Special):
+    """A weight that does not lie densely in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.ones(3, 64)[:, ::2])
+
+    def part(self, x: Tensor) -> Tensor:
+        return x * self.wide[None, :, :, None]
+
+
+@pytest.mark.parametrize("model", [BatchNorm, Features, Codebook, InPlace, Gaps])
+@pytest.mark.parametrize("compile", [(), ("--compile",)])
+def test_a_run_of_any_model_goes_on_as_the_uncut_one_and_draws_what_it_learned(
+    model: type[nn.Module], compile: tuple[str, ...], tmp_path: Path, run: Callable[[Stage, str], Run]
+) -> None:
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: model())
+    short = ("--dataset", "shapes", "--batch-size", 4, "--resume", *compile)
+    pictures = set()
+    for folder, cuts in (("uncut", [3]), ("cut", [1, 3])):
+        for max_steps in cuts:
+            torch.manual_seed(max_steps)
+            np.random.seed(max_steps)
+            assert run(stage, folder)("train", *short, "--max-steps", max_steps) == 0
+        assert run(stage, folder)("test", "--steps", 2, "--num-images", 2) == 0
+        pictures.add((tmp_path / folder / "samples.png").read_bytes())
+    cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", "part_h") for folder in ("cut", "uncut"))
+    assert_same(dict(cut), dict(uncut))
+    assert len(pictures) == 1
+    assert {
+        int(state[name])
+        for state in (cut["model"], cut["ema"])
+        for name in ("codes", "norm.num_batches_tracked")
+        if name in state
+    } <= {3}
+
+
+class Object(Special):
+    def get_extra_state(self) -> object:
+        return object()
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+class Late(Special):
+    def part(self, x: Tensor) -> Tensor:
+        self.register_buffer("seen", torch.ones(1))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs", "message"),
+    [
+        (Object, 120, "a checkpoint of this run could not be read again"),
+        (Late, 120, "the model has gained or lost seen"),
+        (Tiny, 1e2, "a checkpoint of this run could not be read again"),
+    ],
+)
+def test_what_no_checkpoint_can_carry_is_told_before_the_second_step(
+    model: type[nn.Module],
+    epochs: Any,
+    message: str,
+    tmp_path: Path,
+    run: Callable[[Stage, str], Run],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: model(), epochs=epochs)
+    assert run(stage, "run")("train", "--dataset", "shapes", "--batch-size", 4) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("part_h.py: error: ")
+    assert message in error
+
+
+def test_what_an_own_stage_keeps_between_two_models_stays_usable(
+    tmp_path: Path, run: Callable[[Stage, str], Run]
+) -> None:
+    """Also where model options are typed, and the model is therefore built more than once."""
+    table: list[Tensor] = []
+
+    class Cached(Special):
+        def __init__(self) -> None:
+            super().__init__()
+            table[1:] = []
+            if not table:
+                table.append(torch.ones(3, 1, 1))
+
+        def part(self, x: Tensor) -> Tensor:
+            return x * table[0]
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Cached(), [add_option])
+    assert run(stage, "run")("train", "--tempo", 2, "--dataset", "shapes", "--batch-size", 4, "--max-steps", 1) == 0
+
+
+def test_sampling_leaves_the_mode_of_every_module_alone() -> None:
+    model = BatchNorm()
+    model.norm.eval()
+    sample_images(model, NoiseSchedule(), 1, steps=1)
+    assert model.training
+    assert not model.norm.training

@@ -81,6 +81,48 @@ def test_overwriting_deletes_the_files_of_the_run_by_their_names_alone(
     assert not (run_dir / "eval.json").exists()
 
 
+def test_overwriting_leaves_what_a_link_leads_to(tmp_path: Path, short: tuple[object, ...]) -> None:
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    another = tmp_path / "another"
+    (tmp_path / "run" / "samples").rename(another)
+    (tmp_path / "run" / "samples").symlink_to(another)
+    (another / "epoch-0001.png").write_bytes(b"another run's")
+    assert run_stage(A, "train", *short, "--max-steps", 1, "--overwrite") == 0
+    assert (another / "epoch-0001.png").read_bytes() == b"another run's"
+
+
+def test_a_run_is_overwritten_no_sooner_than_another_is_saved(tmp_path: Path, short: tuple[object, ...]) -> None:
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert run_stage(A, "train", *short, "--max-steps", 1, "--overwrite", "--lr", "1e39") == 1
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", [(), ("--resume",)])
+def test_the_log_of_a_run_whose_checkpoint_was_moved_away_is_not_overwritten(
+    option: tuple[str, ...], tmp_path: Path, short: tuple[object, ...]
+) -> None:
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "kept.pt")
+    log = tmp_path / "run" / "log.csv"
+    log.write_text(log.read_text() + "1,391,0.1,0.1,1,1\n")
+    before = log.read_text()
+    assert run_stage(A, "train", *short, "--max-steps", 1, *option) == 2
+    assert log.read_text() == before
+    assert run_stage(A, "train", *short, "--max-steps", 1, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_checkpoint_that_is_no_file_is_told_before_any_work(
+    kind: str, tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.mkdir() if kind == "folder" else path.symlink_to(tmp_path / "unmounted" / "checkpoint.pt")
+    assert run_stage(A, "train", *short, "--overwrite", "--max-steps", 1) == 2
+    assert "checkpoint.pt there is no file" in capsys.readouterr().err
+
+
 def test_a_data_folder_is_no_run_folder(
     kept_shapes: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +194,10 @@ def test_a_long_name_can_be_written(tmp_path: Path, short: tuple[object, ...]) -
         ("progress", {"seen": 50_000}),
         ("optimizer", {0: {"step": torch.ones(()), "exp_avg": torch.tensor(torch.nan), "exp_avg_sq": torch.zeros(())}}),
         ("format", torch.zeros(3)),
+        ("optimizer", {0: {"step": torch.ones(3), "exp_avg": torch.zeros(64, 64), "exp_avg_sq": torch.zeros(64, 64)}}),
+        ("optimizer", {0: {"step": torch.ones(()), "exp_avg": torch.zeros(64, 64), "exp_avg_sq": -torch.ones(64, 64)}}),
+        ("progress", {"step": 10**30}),
+        ("progress", {"loss_sum": 1e308}),
     ],
 )
 def test_what_is_wrong_in_a_checkpoint_is_not_blamed_on_the_command_line(
@@ -397,6 +443,10 @@ def test_results_that_cannot_be_written_are_told_before_any_work(
         (("test", "--trajectory", "{0}/samples.png"), "that of --trajectory too"),
         (("test", "--output", "{0}/grid.jpg"), "--output: the name must end in .png"),
         (("test", "--output", "{0}/folder.png"), "is a folder"),
+        (("test", "--output", "{0}/new.png", "--save-images", "{0}/new.png"), "is the folder of --output too"),
+        (("test", "--save-images", "{0}/samples.png"), "is the folder of --output too"),
+        (("test", "--save-images", "{0}"), "is there already"),
+        (("test", "--checkpoint", "{0}/c.png", "--output", "{0}/c.png"), "c.png is the checkpoint itself"),
         (("eval", "--output", "{0}/numbers.txt"), "--output: the name must end in .json"),
         (("eval", "--output", "{0}/nowhere/numbers.json"), "--output: no such folder"),
     ],
@@ -405,6 +455,7 @@ def test_misnamed_results_are_told_before_any_work(
     words: tuple[str, ...], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (trained / "folder.png").mkdir()
+    shutil.copy(trained / "checkpoint.pt", trained / "c.png")
     assert run_stage(A, *(word.format(trained) for word in words), "--run-dir", trained) == 2
     error = capsys.readouterr().err
     assert message in error

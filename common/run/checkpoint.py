@@ -64,21 +64,39 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the checkpoint; until it is whole and on the disk, the one before stays.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or `load` would refuse it.
     """
-    _write(path, checkpoint)
+    _write(path, pack(path, checkpoint))
+
+
+def pack(path: Path, checkpoint: Checkpoint) -> io.BytesIO:
+    """What `save` writes.
+
+    Raises:
+        UserError: `load` would refuse it.
+    """
+    packed = _packed(checkpoint)
+    try:
+        _unpack(packed, path, checkpoint["stage"])
+    except UserError as error:
+        raise UserError(f"a checkpoint of this run could not be read again: {error}") from error
+    return packed
 
 
 def save_weights(path: Path, checkpoint: Checkpoint) -> None:
     """Writes what drawing from the averaged weights takes, and no more, in half precision."""
     half = {name: weight.half() if weight.is_floating_point() else weight for name, weight in checkpoint["ema"].items()}
     part = {key: value for key, value in checkpoint.items() if key in EMA_ONLY}
-    _write(path, {**part, "ema": half})
+    _write(path, _packed({**part, "ema": half}))
 
 
-def _write(path: Path, contents: Mapping[str, Any]) -> None:
+def _packed(contents: Mapping[str, Any]) -> io.BytesIO:
     packed = io.BytesIO()
     torch.save(contents, packed)  # not straight to the disk: of a full one torch.save does not say that it is full
+    return packed
+
+
+def _write(path: Path, packed: io.BytesIO) -> None:
     with atomic_write(path) as file:
         file.write(packed.getbuffer())
 
@@ -94,7 +112,10 @@ def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
     """
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint there")
-    file = io.BytesIO(path.read_bytes())
+    return _unpack(io.BytesIO(path.read_bytes()), path, stage, ema_only)
+
+
+def _unpack(file: io.BytesIO, path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
     with reading(path), warnings.catch_warnings():
         if zipfile.ZipFile(file).testzip():
             raise ValueError("its checksums are wrong")
@@ -164,7 +185,7 @@ def _check(kind: type[Any], values: dict[str, Any]) -> None:
 
     Raises:
         TypeError, ValueError: a value is missing, unknown or of another type than its field, or a number is negative
-            or not finite.
+            or too large.
     """
     missing = {field.name for field in fields(kind)} - values.keys()
     if missing:
@@ -173,7 +194,7 @@ def _check(kind: type[Any], values: dict[str, Any]) -> None:
         value = values[field_.name]
         if not isinstance(value, get_origin(field_.type) or field_.type):  # type: ignore[arg-type]
             raise TypeError(f"{field_.name} is {value!r}")
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        if isinstance(value, (int, float)) and not 0 <= value < 2**63:
             raise ValueError(f"{field_.name} is {value}")
 
 

@@ -10,7 +10,7 @@ from common.run import distributed
 from common.run.device import is_out_of_memory, keep_freed_memory
 from common.run.errors import UsageError, UserError, printable, tell
 from common.run.evaluate import evaluate
-from common.run.models import refuse_model_that_is_too_large
+from common.run.models import build_model, new_model_options
 from common.run.options import Stage, model_defaults, parse
 from common.run.test import test
 from common.run.train import train
@@ -25,8 +25,8 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         options, typed = parse(stage, argv)
         command = {"train": train, "test": test, "eval": evaluate}[options.command]
         keep_freed_memory()
-        if typed.keys() & model_defaults(stage).keys():
-            refuse_model_that_is_too_large(stage, options)
+        if typed.keys() & model_defaults(stage).keys():  # wrong ones are told before any work
+            build_model(stage, new_model_options(stage, options), seed=0)
         distributed.start()
         status = command(stage, options, typed)
         distributed.stop()

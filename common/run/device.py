@@ -1,5 +1,6 @@
 """What the machine can do: which device and precision, memory, compilation, CUDA graphs."""
 
+import copy
 import ctypes
 import gc
 import sys
@@ -96,7 +97,7 @@ def in_precision(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
 
     def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
         with autocast(xt.device, precision):
-            noise = model(xt.to(dtype), t)
+            noise = model(xt.to(dtype, copy=True), t.clone())  # it may change what it is given
         if not isinstance(noise, Tensor) or noise.shape != xt.shape or not noise.is_floating_point():
             found = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
             raise UserError(
@@ -152,7 +153,7 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    model.train(training)
+    state = copy.deepcopy(model.state_dict())  # of which running it may change the buffers
     try:
         model.compile(dynamic=False)
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
@@ -171,6 +172,7 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
             tell(f"compiled in {time.perf_counter() - started:.0f} s")
     finally:
         model.zero_grad()
+        model.load_state_dict(state)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -87,10 +87,10 @@ def is_lost_connection(error: Exception) -> bool:
     return WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def broadcast(model: nn.Module) -> None:
-    """Gives the model of every rank the weights and buffers that rank 0 has."""
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Gives tensors of every rank the values that they have on rank 0."""
     if WORLD_SIZE > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 

@@ -43,7 +43,7 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
     distributed.on_first(lambda: check_dataset(options.dataset))
     trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)
     output = options.output or trained.folder / "eval.json"
-    check_outputs({"--output": output}, {"--output": [".json"]})
+    check_outputs({"--output": output}, {"--output": [".json"]}, trained.path)
     fid_metric = new_fid(trained.device) if options.fid else None  # now, for it may be missing
     dataset = options.dataset or trained.dataset
     data = partial(load_images, dataset, options.data_dir, data_url=options.data_url)

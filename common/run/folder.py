@@ -17,6 +17,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MARK = ".run.lock"  # whoever finds it in a folder knows that a run was begun there
+SAMPLE_NAME = re.compile(r"data|epoch-\d{4,}")
 RUN_FILES = ("checkpoint.pt", "log.csv", "samples.png", "eval.json", "samples")
 
 
@@ -38,7 +39,7 @@ def locked(run_dir: Path) -> Iterator[None]:
                 f"--run-dir {run_dir}: another process is training there; wait for its end, or name another folder"
             ) from error
         for name in ("checkpoint.pt", "log.csv"):
-            for left_by_a_death in run_dir.glob(f".{name}.*.tmp"):
+            for left_by_a_death in run_dir.glob(f".{name}.[0-9]*.tmp"):
                 left_by_a_death.unlink()
         yield
 
@@ -74,10 +75,18 @@ def is_run_folder(run_dir: Path) -> bool:
     return (run_dir / MARK).exists()
 
 
+def has_epochs(run_dir: Path) -> bool:
+    """Whether log.csv there tells of an epoch: of hours, maybe."""
+    path = run_dir / "log.csv"
+    return path.is_file() and path.read_bytes().count(b"\n") > 1
+
+
 def remove_run(run_dir: Path) -> None:
-    """Deletes what a run writes, file by file, and nothing else."""
-    for path in [*(run_dir / name for name in RUN_FILES), *(run_dir / "samples").glob("*.png")]:
-        if path.is_file() and (path.parent == run_dir or re.fullmatch(r"data|epoch-\d{4,}", path.stem)):
+    """Deletes what a run writes, file by file, but for the checkpoint, which the next run's first one replaces."""
+    samples = run_dir / "samples"
+    drawn = [] if samples.is_symlink() else [path for path in samples.glob("*.png") if SAMPLE_NAME.fullmatch(path.stem)]
+    for path in [*(run_dir / name for name in RUN_FILES if name != "checkpoint.pt"), *drawn]:
+        if path.is_file():
             path.unlink()
 
 

@@ -18,7 +18,7 @@ from common.run.report import Reporter
 from common.run.trainer import Run
 
 LOG_HELD_OUT_IMAGES = 2000  # for the held-out loss of every epoch: 1.3 % of an epoch's work
-CHECK_EVERY = 100  # steps between two looks at whether the run is still sound
+CHECK_EVERY = 100  # steps between two looks at whether the run is sound, from the first step on
 SAVE_EVERY = 10.0  # seconds at least between two checkpoints: on a fast GPU an epoch may take as long as saving does
 
 
@@ -70,7 +70,7 @@ def train(
             is_due = epoch_is_complete and time.perf_counter() - saved >= SAVE_EVERY  # for rank 0, which alone saves
             if checkpoint_every:
                 is_due = progress.step % checkpoint_every == 0
-            if is_over or is_due or epoch_is_complete or progress.step % CHECK_EVERY == 0:
+            if is_over or is_due or epoch_is_complete or progress.step % CHECK_EVERY == 1:
                 run.check()
             progress.seconds += time.perf_counter() - started
             if epoch_is_complete:

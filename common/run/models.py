@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from common.data import seed_everything
 from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
 from common.run.device import compile_model, pick_device, pick_precision
@@ -19,18 +21,39 @@ from common.run.options import Stage, check_training_options, flag, model_defaul
 MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
 
-def build_model(stage: Stage, model_options: dict[str, Any], path: Path | None = None) -> nn.Module:
+class _SizeLimit(TorchFunctionMode):
+    """Ends what makes more empty tensors, which parameters are at first, than anybody means."""
+
+    size = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.empty:
+            self.size += result.numel()
+            if self.size > MAX_PARAMETERS:
+                raise ValueError(f"more than {MAX_PARAMETERS:,} parameters; choose smaller options")
+        return result
+
+
+def build_model(stage: Stage, model_options: dict[str, Any], seed: int, path: Path | None = None) -> nn.Module:
     """Makes a stage's model, untrained.
 
     Args:
+        seed: of all that is random in it.
         path: the checkpoint that the options come from, if they do.
 
     Raises:
-        UsageError: the options of the command line do not make one.
+        UsageError: the options of the command line do not make one, or one that is too large.
         UserError: those of the checkpoint do not.
     """
+    seed_everything(seed)
     try:
-        return stage.build_model(argparse.Namespace(**copy.deepcopy(model_options)))
+        with _SizeLimit():
+            model = stage.build_model(argparse.Namespace(**copy.deepcopy(model_options)))
+        for parameter in model.parameters():
+            if torch.empty_like(parameter).stride() != parameter.stride():  # gaps in memory, which fused Adam overlooks
+                parameter.data = parameter.data.contiguous()
+        return model
     except Exception as error:
         if path:
             reason = f"{type(error).__name__}: {error}"
@@ -38,7 +61,9 @@ def build_model(stage: Stage, model_options: dict[str, Any], path: Path | None =
         if not isinstance(error, ValueError):
             raise
         name, _, reason = str(error).partition(": ")  # of an argument, which has the name of its option
-        raise UsageError(f"argument {flag(name)}: {reason}" if name in model_options else str(error)) from error
+        if name in model_options:
+            raise UsageError(f"argument {flag(name)}: {reason}") from error
+        raise UsageError(f"model options ({', '.join(map(flag, model_options))}): {error}") from error
 
 
 def new_model_options(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +92,8 @@ def saved_model_options(
     with checkpoint.reading(path):
         check_training_options(saved["training_options"])
         model_options = defaults | saved["model_options"]
+        if any(isinstance(value, Tensor) for value in model_options.values()):
+            raise TypeError("a model option is a tensor")
         if model_options.keys() != defaults.keys():
             raise ValueError(f"there is no option {', '.join(model_options.keys() - defaults.keys())}")
     refuse_contradictions({n: value for n, value in (typed or {}).items() if n in defaults}, model_options, path)
@@ -87,24 +114,6 @@ def shipped_weights(stage: Stage) -> Path:
     if not stage.weights.exists():
         raise UsageError(f"argument --pretrained: no weights come with {stage.name}.py; train it, and leave this out")
     return stage.weights
-
-
-def refuse_model_that_is_too_large(stage: Stage, options: argparse.Namespace) -> None:
-    """Tells of wrong model options before any work, by building the model of tensors that take no memory.
-
-    Raises:
-        UsageError: the options make no model, or one that nobody means.
-    """
-    try:
-        with torch.device("meta"):
-            model = build_model(stage, {name: getattr(options, name) for name in model_defaults(stage)})
-    except UsageError:
-        raise
-    except Exception:  # a stage that needs real tensors to be built is built of them later
-        return
-    parameters = sum(p.numel() for p in model.parameters())
-    if parameters > MAX_PARAMETERS:
-        raise UsageError(f"argument --model-channels: too many; they make {parameters:,} parameters")
 
 
 class TrainedModel(NamedTuple):
@@ -138,7 +147,8 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
     if not options.output:
         distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    model = build_model(stage, saved_model_options(stage, saved, path, typed), path).eval()
+    model_options = saved_model_options(stage, saved, path, typed)
+    model = build_model(stage, model_options, saved["training_options"]["seed"], path).eval()
     checkpoint.load_weights(model, saved["ema"] if averaged else saved["model"], path)
     model.to(device)
     if options.compile:

@@ -65,7 +65,7 @@ class Stage:
     @property
     def script(self) -> str:
         """How to name the script from the current folder."""
-        path = Path(self.file).resolve()
+        path = Path(os.path.abspath(self.file))
         return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
     @property
@@ -159,7 +159,8 @@ def parse(stage: Stage, argv: Sequence[str] | None) -> tuple[argparse.Namespace,
     options = parser.parse_args(argv)
     for command in commands:  # what is not None without defaults was typed
         command.set_defaults(**dict.fromkeys(vars(options)))
-    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    names = [name for name, value in vars(parser.parse_args(argv)).items() if value is not None]
+    typed = {name: getattr(options, name) for name in names}
     return options, typed
 
 
@@ -204,22 +205,24 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
     for command in (train, test, evaluate):
         model = command.add_argument_group("model")
         training = command.add_argument_group("training" if command is train else "training (without effect here)")
-        for add_option in stage.model_options:
-            add_option(model)
-        for add_option in stage.training_options:
-            add_option(training)
         if command is train:
             _add_training_options(training, stage.epochs)
             _add_data_options(command.add_argument_group("data"))
             _add_run_options(command.add_argument_group("run"))
+        elif command is test:
+            _add_test_options(command.add_argument_group("pictures"))
         else:
-            if command is test:
-                _add_test_options(command.add_argument_group("pictures"))
-            else:
-                _add_data_options(command.add_argument_group("data"), default=None)
-                _add_eval_options(command.add_argument_group("measures"))
+            _add_data_options(command.add_argument_group("data"), default=None)
+            _add_eval_options(command.add_argument_group("measures"))
+        if command is not train:
             _add_sampling_options(command.add_argument_group("sampling"))
         _add_common_options(command.add_argument_group("common"), stage)
+        if taken := model_defaults(stage).keys() & {"command", *vars(command.parse_args([]))}:
+            raise UsageError(f"model options: every stage has {', '.join(taken)} already; choose another name")
+        for add_option in stage.model_options:
+            add_option(model)
+        for add_option in stage.training_options:
+            add_option(training)
     return parser, [train, test, evaluate]
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from common.run import distributed
 from common.run.errors import UsageError, UserError, counted, warn
+from common.run.folder import MARK
 
 SIZE = 32  # pixels, both ways
 MIN_HELD_OUT = 100  # and at least as many to train on
@@ -67,8 +68,8 @@ def _read_array(path: str) -> np.ndarray:
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = [loaded] if isinstance(loaded, np.ndarray) else [*loaded.values()]  # of an .npy, of an .npz
-        if len(arrays) != 1:
-            raise ValueError(f"it holds {len(arrays)} arrays, not one")
+        if len(arrays) != 1 or not isinstance(arrays[0], np.ndarray):
+            raise ValueError(f"it holds {len(arrays)} arrays, not one" if len(arrays) != 1 else "it holds no array")
         images = arrays[0]
     except Exception as error:  # there is no end of what damaged bytes make a reader raise
         reason = "" if "pickle" in str(error) else f": {error}"[:200]  # numpy would advise to unpickle it
@@ -102,7 +103,7 @@ def _read_folder(folder: str) -> np.ndarray:
 def _find_files(folder: str) -> Iterator[str]:
     """The files in a folder and those within it, in an order that their names decide; hidden ones are left out.
 
-    Links are followed, but no folder is entered twice.
+    Links are followed, but no folder is entered twice, and no run folder.
     """
 
     def tell(error: OSError) -> None:
@@ -111,7 +112,7 @@ def _find_files(folder: str) -> Iterator[str]:
     entered = set()
     for parent, folders, names in os.walk(folder, onerror=tell, followlinks=True):
         real = os.path.realpath(parent)
-        if real in entered:
+        if real in entered or MARK in names:  # a run folder holds no images to train on
             folders.clear()
             continue
         entered.add(real)

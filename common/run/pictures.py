@@ -83,14 +83,15 @@ def sample_images(
 @contextmanager
 def _in_eval_mode(model: NoisePredictor) -> Iterator[None]:
     """Puts a module into eval mode, and back."""
-    was_training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
+    modules = [*model.modules()] if isinstance(model, nn.Module) else []
+    was_training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
     try:
         yield
     finally:
-        if isinstance(model, nn.Module):
-            model.train(was_training)
+        for module, training in zip(modules, was_training):
+            module.training = training
 
 
 class Film:
@@ -140,12 +141,15 @@ def save_trajectory(frames: list[Tensor], path: Path) -> None:
         _grid(images, len(frames)).save(file, format="PNG")
 
 
-def check_outputs(outputs: Mapping[str, Path | None], endings: Mapping[str, Sequence[str]]) -> None:
+def check_outputs(
+    outputs: Mapping[str, Path | None], endings: Mapping[str, Sequence[str]], source: Path | None = None
+) -> None:
     """Makes sure, before any work, that files can be written.
 
     Args:
         outputs: each file by the option that names it, or None.
         endings: what its name may end in, by option.
+        source: the checkpoint, which none of them may replace.
 
     Raises:
         UsageError: one cannot, or two are the same.
@@ -156,13 +160,19 @@ def check_outputs(outputs: Mapping[str, Path | None], endings: Mapping[str, Sequ
             raise UsageError(f"argument {option}: the name must end in {' or '.join(endings[option])}, got {path}")
         if not path.parent.is_dir():
             raise UsageError(f"argument {option}: no such folder: {path.parent}")
+        if source and path.resolve() == source.resolve():
+            raise UsageError(f"argument {option}: {path} is the checkpoint itself; name another file")
         if path.is_dir():
             raise UsageError(f"argument {option}: {path} is a folder")
-        if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        if not _is_writable(path.parent):
             raise UsageError(f"argument {option}: {path.parent} may not be written to; name a file elsewhere")
         others = [other for other in given if other != option and given[other].resolve() == path.resolve()]
         if others:
             raise UsageError(f"argument {option}: {path} is that of {others[0]} too")
+
+
+def _is_writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def check_folder(folder: Path, outputs: Mapping[str, Path | None]) -> None:
@@ -173,8 +183,10 @@ def check_folder(folder: Path, outputs: Mapping[str, Path | None]) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"argument --save-images: {folder} is there already; name a new folder, or an empty one")
+    if folder.exists() and not _is_writable(folder):
+        raise UsageError(f"argument --save-images: {folder} may not be written to; name another folder")
     for option, path in outputs.items():
-        if path and path.parent.resolve() == folder.resolve():
+        if path and folder.resolve() in (path.resolve(), path.parent.resolve()):
             raise UsageError(f"argument --save-images: {folder} is the folder of {option} too; name another one")
 
 

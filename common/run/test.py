@@ -35,12 +35,12 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
     steps = sampling_steps(options)
     outputs = {"--output": options.output, "--film": options.film, "--trajectory": options.trajectory}
     check_outputs(outputs, ENDINGS)
-    if options.save_images:
-        check_folder(options.save_images, outputs)
     trained = load_trained(stage, options, typed, min(options.batch_size, options.num_images))
     output = options.output or trained.folder / "samples.png"
-    check_outputs({**outputs, "--output": output}, ENDINGS)
+    outputs["--output"] = output
+    check_outputs(outputs, ENDINGS, trained.path)
     if options.save_images:
+        distributed.on_first(lambda: check_folder(options.save_images, outputs))
         distributed.on_first(lambda: options.save_images.mkdir(parents=True, exist_ok=True))
     films: list[tuple[Path, Film, Callable[[list[Tensor], Path], None]]] = []
     if options.film:

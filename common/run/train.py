@@ -1,6 +1,7 @@
 """The command `train`: begins a run, or goes on with one."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from common.run.checkpoint import Checkpoint, RunOptions
 from common.run.datasets import DATASETS, check_dataset, load_images
 from common.run.device import compile_model, compiles_training, pick_device, pick_precision
 from common.run.errors import UsageError, UserError, counted, printable, say
-from common.run.folder import RUN_FILES, is_run_folder, locked, remove_run
+from common.run.folder import RUN_FILES, has_epochs, is_run_folder, locked, remove_run
 from common.run.models import build_model, new_model_options, refuse_contradictions, saved_model_options
 from common.run.options import Stage, flag
 from common.run.trainer import Run
@@ -28,6 +29,8 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
     """Trains a stage. Returns the exit status."""
     run_dir: Path = options.run_dir
     distributed.on_first(lambda: check_dataset(options.dataset))
+    if options.dataset not in DATASETS and run_dir.resolve() == Path(options.dataset).resolve():
+        raise UsageError(f"argument --run-dir: {run_dir} is the folder of the images; name another one")
     is_first = distributed.RANK == 0
     device = pick_device(options.device)
     with ExitStack() as held:
@@ -75,6 +78,8 @@ def _take_run_folder(stage: Stage, options: argparse.Namespace, held: ExitStack)
         UsageError: the folder has a run that may not be replaced, or files that no run has left there.
     """
     run_dir, path = options.run_dir, options.run_dir / "checkpoint.pt"
+    if os.path.lexists(path) and not path.is_file():
+        raise UsageError(f"--run-dir {run_dir}: checkpoint.pt there is no file; move it away, or name another folder")
     present = [name for name in RUN_FILES if (run_dir / name).exists()]
     if present and not is_run_folder(run_dir):
         if not path.exists():
@@ -84,6 +89,11 @@ def _take_run_folder(stage: Stage, options: argparse.Namespace, held: ExitStack)
             )
         checkpoint.load(path, stage.name)  # without the rest of its run: it may have been copied there
     held.enter_context(locked(run_dir))
+    if not path.exists() and has_epochs(run_dir) and not options.overwrite:
+        raise UsageError(
+            f"--run-dir {run_dir}: there is a log.csv, but no checkpoint to continue; "
+            "discard it with --overwrite, or name another folder"
+        )
     if path.exists() and not options.resume and not options.overwrite:
         raise UsageError(
             f"--run-dir {run_dir}: there is a run already; continue it with --resume, "
@@ -104,13 +114,14 @@ def _make_run(
             f"argument --batch-size: {distributed.WORLD_SIZE} processes cannot share a batch of "
             f"{run_options.batch_size} equally; give a multiple of {distributed.WORLD_SIZE}"
         )
-    torch.manual_seed(run_options.seed)
-    model = build_model(stage, model_options, path if saved else None).to(device)
+    model = build_model(stage, model_options, run_options.seed, path if saved else None).to(device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no parameter that can be trained")
     run = Run(stage.name, model_options, model, run_options, pick_precision(run_options.precision, device))
     if saved:
         run.restore(saved, path)
+    else:
+        checkpoint.pack(path, run.checkpoint())  # better told now than after the first epoch
     return run
 
 

@@ -43,13 +43,14 @@ class Run(Trainer):
         options: RunOptions,
         precision: str = "fp32",
     ):
-        distributed.broadcast(model)
+        distributed.broadcast([*model.parameters(), *model.buffers()])
         super().__init__(model, options, RunProgress())
         self.stage = stage
         self.model_options = model_options
         self.precision = precision
         self.predict_noise = in_precision(model, precision)
         self.predict_averaged = noise_predictor(self.ema.module, precision)
+        self._state_names = model.state_dict().keys()
         # These are read rarely: each reading makes a GPU wait.
         self._loss_sum = torch.zeros((), device=self.device)  # of the images seen in the epoch under way
         self._all_finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -67,6 +68,8 @@ class Run(Trainer):
         mine = distributed.share(len(x0))
         loss = super().gradient_step(x0[mine], t[mine], noise[mine], loss_weight[mine])
         loss = distributed.sum_over_ranks(loss)
+        if distributed.WORLD_SIZE > 1:
+            distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
         self._all_finite &= loss.isfinite()
         self._finite_steps += self._all_finite
         self._loss_sum += loss * (loss_weight > 0).sum()
@@ -107,13 +110,18 @@ class Run(Trainer):
             self._all_finite &= gradient_norm.isfinite()
 
     def check(self) -> None:
-        """Makes sure that all losses, gradients and weights so far were finite numbers. Waits for a GPU.
+        """Makes sure that the run can be saved: that losses, gradients, weights were finite so far. Waits for a GPU.
 
         In fp16, gradients that are not finite only make for a smaller scale, as long as there is one.
 
         Raises:
             UserError: one was not, so the weights are worth nothing.
         """
+        if changed := self.model.state_dict().keys() ^ self._state_names:
+            raise UserError(
+                f"the model has gained or lost {', '.join(sorted(changed))} since it was built, so that no checkpoint "
+                "would fit it; make all parameters and buffers in __init__"
+            )
         if self.scaler and self.scaler.get_scale() < 1:
             raise UserError("the gradients do not fit fp16, however small their scale; try --precision fp32")
         finite_steps, what = self._finite_steps.item(), "the loss or the gradient has"
@@ -195,19 +203,30 @@ class Run(Trainer):
         self._finite_steps.fill_(self.progress.step)
         checkpoint.load_weights(self.model, saved["model"], path)
         checkpoint.load_weights(self.ema.module, saved["ema"], path)
-        moments = saved["optimizer"]
+        moments, parameters = saved["optimizer"], enumerate(self.model.parameters())
         with checkpoint.reading(path):
-            state = {n: state for n, state in moments.items() if state is not None}
-            for n, parameter in enumerate(self.model.parameters()):
-                pair = (moments[n]["exp_avg"], moments[n]["exp_avg_sq"]) if moments[n] is not None else ()
-                if not all(moment.shape == parameter.shape and moment.isfinite().all() for moment in pair):
-                    raise ValueError(f"the optimizer's state of parameter {n} has another shape, or is not finite")
+            state = {n: _fitting_moments(moments[n], p, n) for n, p in parameters if moments[n] is not None}
             param_groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
             if self.scaler and "scaler" in saved:
                 scaler, own = saved["scaler"], self.scaler.state_dict()
-                if not all(type(scaler[n]) is type(own[n]) and 0 <= scaler[n] < math.inf for n in own):
+                if not all(type(scaler[n]) is type(own[n]) and 0 <= scaler[n] < 2**31 for n in own):
                     raise ValueError(f"its scaler is {scaler!r}")
                 self.scaler.load_state_dict(scaler)
         if isinstance(self.gradient_step, GraphedFunction):
             self.gradient_step.forget()  # which works on the optimizer's old state
+
+
+def _fitting_moments(state: dict[str, Tensor], parameter: Tensor, n: int) -> dict[str, Tensor]:
+    """Adam's state of parameter number n, in its memory layout, which fused Adam relies on.
+
+    Raises:
+        KeyError, ValueError: it is none.
+    """
+    step, first, second = state["step"], state["exp_avg"], state["exp_avg_sq"]
+    if not (step.shape == () and first.shape == second.shape == parameter.shape):
+        raise ValueError(f"the optimizer's state of parameter {n} has another shape")
+    if not (0 <= step < math.inf and first.isfinite().all() and second.isfinite().all() and (second >= 0).all()):
+        raise ValueError(f"the optimizer's state of parameter {n} is not finite, or negative")
+    moments = {"exp_avg": first, "exp_avg_sq": second}
+    return {"step": step, **{name: torch.empty_like(parameter).copy_(m) for name, m in moments.items()}}
