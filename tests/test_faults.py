@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -384,5 +385,14 @@ def test_a_loss_that_is_not_finite_stops_a_long_epoch_soon(tmp_path: Path) -> No
     nn.init.constant_(next(trainer.model.parameters()), torch.nan)
     with pytest.raises(UserError, match="since step 1,"):
         train(trainer, images, images[:10], tmp_path, sample_every=0)
-    assert trainer.progress.step == 100
+    assert trainer.progress.step == 1
+    assert not (tmp_path / "checkpoint.pt").exists()
+    trainer = tiny_run.make_trainer(batch_size=2)
+    for _ in itertools.islice(trainer.steps(images), 10):
+        pass
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="since step 11,"):
+        train(trainer, images, images[:10], tmp_path, sample_every=0)
+    assert trainer.progress.step == 101
     assert not (tmp_path / "checkpoint.pt").exists()
