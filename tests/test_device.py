@@ -15,7 +15,15 @@ from torch._dynamo.utils import counters
 
 from common.run import checkpoint
 from common.run.checkpoint import RunOptions
-from common.run.device import DTYPES, GraphedFunction, compile_model, compiles_training, pick_device, pick_precision
+from common.run.device import (
+    DTYPES,
+    GraphedFunction,
+    compile_model,
+    compiles_training,
+    noise_predictor,
+    pick_device,
+    pick_precision,
+)
 from common.run.errors import UsageError
 from common.run.trainer import Run
 from part_a_cifar import Model
@@ -93,6 +101,21 @@ def test_a_compiled_run_that_goes_on_ends_as_the_uncut_one(
     cut, uncut = (checkpoint.load(tmp_path / name / "checkpoint.pt", E) for name in ("cut", "uncut"))
     for part in ("model", "ema"):
         assert all(torch.equal(cut[part][name], uncut[part][name]) for name in uncut[part])
+
+
+def test_a_compiled_model_sees_one_batch_size_alone() -> None:
+    seen = []
+
+    class Predictor(nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return x * t[:, None, None, None]
+
+    predict_noise = noise_predictor(Predictor(), rows=4)
+    for count in (4, 3, 1):
+        x, t = torch.randn(count, 3, 32, 32), torch.arange(count)
+        assert torch.equal(predict_noise(x, t), x * t[:, None, None, None])
+    assert seen == [4, 4, 4]
 
 
 def test_graphed_function_is_the_function_itself_without_a_gpu() -> None:

@@ -108,9 +108,20 @@ def in_precision(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
     return predict_noise
 
 
-def noise_predictor(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
-    """The model as sampling and measuring call it: as `in_precision`, on a GPU recorded as a CUDA graph."""
-    return GraphedFunction(in_precision(model, precision))
+def noise_predictor(model: nn.Module, precision: str = "fp32", rows: int = 0) -> NoisePredictor:
+    """The model as sampling and measuring call it: as `in_precision`, on a GPU recorded as a CUDA graph.
+
+    Args:
+        rows: how many images it was compiled for; fewer are filled up to that with copies of the last.
+    """
+    predict_noise = in_precision(model, precision)
+
+    def predict_filled_up(xt: Tensor, t: Tensor) -> Tensor:
+        copies = max(0, rows - len(xt))
+        filled = (torch.cat([x, x[-1:].expand(copies, *x.shape[1:])]) for x in (xt, t))
+        return predict_noise(*filled)[: len(xt)]
+
+    return GraphedFunction(predict_filled_up if rows else predict_noise)
 
 
 def compiles_training(choice: bool | None, device: torch.device, precision: str) -> bool:

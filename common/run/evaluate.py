@@ -41,7 +41,8 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
     """Measures what a stage has learned. Returns the exit status."""
     steps = sampling_steps(options)
     distributed.on_first(lambda: check_dataset(options.dataset))
-    trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)
+    largest = max(HELD_OUT_BLOCK, min(options.fid, options.batch_size)) if options.fid else HELD_OUT_BLOCK
+    trained = load_trained(stage, options, typed, largest)
     output = options.output or trained.folder / "eval.json"
     check_outputs({"--output": output}, {"--output": [".json"]}, trained.path)
     fid_metric = new_fid(trained.device) if options.fid else None  # now, for it may be missing
@@ -62,7 +63,7 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
         "torch": torch.__version__,
     }
     schedule = NoiseSchedule().to(trained.device)
-    model = noise_predictor(trained.model, trained.precision)
+    model = noise_predictor(trained.model, trained.precision, trained.compiled_rows)
     report["loss"] = _timed(lambda: _loss(model, schedule, held_out, options.seed))
     images = held_out[: options.num_images]
     report["bits_per_dim"] = _timed(

@@ -67,7 +67,8 @@ def train(
         for _ in () if is_over else run.steps(images):
             epoch_is_complete = progress.seen == 0
             is_over = _is_over(run, max_steps, received)
-            is_due = epoch_is_complete and time.perf_counter() - saved >= SAVE_EVERY  # for rank 0, which alone saves
+            is_late = time.perf_counter() - saved >= SAVE_EVERY  # on rank 0, which alone saves
+            is_due = epoch_is_complete and (is_late or reporter.is_grid_due())
             if checkpoint_every:
                 is_due = progress.step % checkpoint_every == 0
             if is_over or is_due or epoch_is_complete or progress.step % CHECK_EVERY == 1:

@@ -127,6 +127,7 @@ class TrainedModel(NamedTuple):
     dataset: str
     epochs: int
     steps: int
+    compiled_rows: int = 0  # see device.noise_predictor
 
 
 def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any], batch_size: int) -> TrainedModel:
@@ -154,4 +155,5 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
     if options.compile:
         compile_model(model, batch_size, precision)
     dataset, progress = saved["training_options"]["dataset"], saved["progress"]
-    return TrainedModel(path, folder, model, device, precision, dataset, progress["epoch"], progress["step"])
+    rows = batch_size if options.compile else 0
+    return TrainedModel(path, folder, model, device, precision, dataset, progress["epoch"], progress["step"], rows)

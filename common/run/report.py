@@ -106,11 +106,15 @@ class Reporter:
         torch.manual_seed(random_seed(seed, "data grid", 0))
         save_grid(to_uint8(self.run.augment(batch[loss_weight > 0])).cpu(), self.run_dir / "samples" / "data.png")
 
+    def is_grid_due(self) -> bool:
+        """Whether a grid of samples belongs to the epoch that is complete."""
+        epoch, is_last = self.run.progress.epoch, self.run.progress.epoch == self.run.options.epochs
+        return bool(epoch and self.sample_every and (epoch % self.sample_every == 0 or is_last))
+
     def _save_sample_grid(self, again: bool = True) -> None:
         """Writes what the averaged weights draw, if it is its turn, from the same starting noise every time."""
         run, epoch = self.run, self.run.progress.epoch
         path = self.run_dir / "samples" / f"epoch-{epoch:04d}.png"
-        is_due = epoch and self.sample_every and (epoch % self.sample_every == 0 or epoch == run.options.epochs)
-        if is_due and (again or not path.exists()):
+        if self.is_grid_due() and (again or not path.exists()):
             model = noise_predictor(run.ema.module, run.precision)
             save_grid(sample_images(model, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed), path)

@@ -99,7 +99,7 @@ def draw(
 
         with autocast(trained.device, trained.precision):  # around all steps: it keeps the weights that it has cast
             return sample_images(
-                noise_predictor(trained.model, trained.precision),
+                noise_predictor(trained.model, trained.precision, trained.compiled_rows),
                 NoiseSchedule().to(trained.device),
                 num_images,
                 sampler=options.sampler,
