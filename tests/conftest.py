@@ -45,9 +45,10 @@ def run_stage(name: str, *arguments: object) -> int:
     return int(exit_.value.code or 0)
 
 
-def mind_sigint() -> None:
-    """For `preexec_fn`: SIGINT acts as usual, also where the tests run in the background of a script."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def mind_signals() -> None:
+    """For `preexec_fn`: signals act as usual, also where the tests run in the background of a script or by nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Attack:

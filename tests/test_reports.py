@@ -26,10 +26,11 @@ from common.run.folder import one_at_a_time
 from common.run.loop import train
 from common.run.pictures import sample_images
 from tests import tiny_run
-from tests.conftest import ROOT, STAGES, mind_sigint, run_stage
+from tests.conftest import ROOT, STAGES, mind_signals, run_stage
 from tests.test_training import read_log
 
 A = STAGES[0]
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # as most people run Python
 
 
 @pytest.fixture
@@ -163,10 +164,11 @@ def test_a_stream_that_takes_nothing_costs_nothing(
         (["test", "--run-dir", str(run_dir), "--num-images", "2", "--steps", "2"], "samples.png"),
     ):
         line = f"{script} {shlex.join(command)} {stream}{where}"
-        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, env=BUFFERED)
         assert done.returncode == 0, done
         assert (run_dir / product).exists()
-    assert subprocess.run(f"{script} train --lr x {stream}{where}", shell=True, cwd=ROOT).returncode == 2
+    assert subprocess.run(f"{script} train --lr x {stream}{where}", shell=True, cwd=ROOT, env=BUFFERED).returncode == 2
+    assert subprocess.run(f"{script} train --help {stream}{where}", shell=True, cwd=ROOT, env=BUFFERED).returncode == 0
 
 
 def test_a_samples_folder_that_cannot_be_used_does_not_keep_a_run_from_going_on(
@@ -331,7 +333,7 @@ def test_a_reader_that_leaves_costs_nothing(stream: str, tmp_path: Path, short: 
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     if stream == "stderr":
         streams["stderr"] = subprocess.STDOUT
-    process = subprocess.Popen(words, cwd=ROOT, text=True, **streams)
+    process = subprocess.Popen(words, cwd=ROOT, text=True, env=BUFFERED, **streams)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
@@ -342,7 +344,7 @@ def test_a_reader_that_leaves_costs_nothing(stream: str, tmp_path: Path, short: 
 
 
 def started_run(words: list[str]) -> subprocess.Popen[str]:
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=mind_sigint)
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=mind_signals)
     assert process.stdout is not None
     assert "parameters" in process.stdout.readline()
     time.sleep(1)

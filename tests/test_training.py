@@ -26,7 +26,7 @@ from common.run.loop import train
 from common.run.trainer import Run
 from common.training import AveragedWeights, Trainer, TrainingOptions
 from tests import tiny_run
-from tests.conftest import ROOT, STAGES, mind_sigint, run_stage
+from tests.conftest import ROOT, STAGES, mind_signals, run_stage
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 44 images: 3 steps an epoch, 9 in all
 
@@ -430,7 +430,7 @@ def test_signals_save_and_stop(tmp_path: Path, shapes_dir: Path, number: signal.
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=mind_sigint,
+        preexec_fn=mind_signals,
     )
     assert process.stdout is not None
     process.stdout.readline()  # the run has begun

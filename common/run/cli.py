@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from common.run import distributed
 from common.run.device import is_out_of_memory, keep_freed_memory
-from common.run.errors import UsageError, UserError, printable, tell
+from common.run.errors import UsageError, UserError, drop_what_nobody_takes, printable, tell
 from common.run.evaluate import evaluate
 from common.run.models import build_model, new_model_options
 from common.run.options import Stage, model_defaults, parse
@@ -18,6 +18,13 @@ from common.run.train import train
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
+    try:
+        _main(stage, argv)
+    finally:
+        drop_what_nobody_takes()
+
+
+def _main(stage: Stage, argv: Sequence[str] | None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console that lacks a letter is no reason to stop

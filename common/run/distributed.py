@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.run.errors import UsageError, UserError, warn
+from common.run.errors import UsageError, UserError, drop_what_nobody_takes, warn
 
 T = TypeVar("T")
 
@@ -75,9 +75,7 @@ def stop() -> None:
 def exit_after_error(status: int) -> NoReturn:
     """Ends the process; of several, at once: tidying up could wait for one that is gone."""
     if dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(AttributeError, OSError, ValueError):  # there is none, or nobody reads it
-                stream.flush()
+        drop_what_nobody_takes()
         os._exit(status)
     sys.exit(status)
 

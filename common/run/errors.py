@@ -53,6 +53,14 @@ def say(message: str) -> None:
     try:
         print(message, flush=True)
     except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError):  # what Python still holds goes nowhere at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         warn(f"stdout takes no more: {error}")
+
+
+def drop_what_nobody_takes() -> None:
+    """Call this in the end: what stdout or stderr still hold and cannot write would make Python's exit status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            with suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
