@@ -454,3 +454,16 @@ def test_signals_save_and_stop(tmp_path: Path, shapes_dir: Path, number: signal.
         )
         == 0
     )
+
+
+def test_a_scale_that_has_doubled_many_times_comes_back(images: Tensor, tmp_path: Path) -> None:
+    run = tiny_run.make_trainer("fp16")
+    next(run.steps(images))
+    assert run.scaler
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**40})
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, run.checkpoint())
+    restored = tiny_run.make_trainer("fp16")
+    restored.restore(checkpoint.load(path, tiny_run.STAGE), path)
+    assert restored.scaler
+    assert restored.scaler.get_scale() == 2.0**40

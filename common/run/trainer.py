@@ -210,7 +210,8 @@ class Run(Trainer):
             self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
             if self.scaler and "scaler" in saved:
                 scaler, own = saved["scaler"], self.scaler.state_dict()
-                if not all(type(scaler[n]) is type(own[n]) and 0 <= scaler[n] < 2**31 for n in own):
+                limits = {int: 2**31, float: 2.0**127}  # a scale may have doubled many times
+                if not all(type(scaler[n]) is type(own[n]) and 0 <= scaler[n] < limits[type(own[n])] for n in own):
                     raise ValueError(f"its scaler is {scaler!r}")
                 self.scaler.load_state_dict(scaler)
         if isinstance(self.gradient_step, GraphedFunction):
