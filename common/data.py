@@ -18,8 +18,8 @@ def shuffled_batches(
         start: how many images of that order have been used already, a multiple of batch_size, to go on in the middle.
 
     Yields:
-        images (batch_size, ...) and what each of them counts in the batch's mean loss, float32 (batch_size,), 1 in all.
-        The last batch is filled up with copies of its first image that count nothing, so that all have one shape.
+        images (batch_size, ...) and the weight of each in the batch's mean loss, float32 (batch_size,), 1 in all. The
+        last batch is padded with copies of its first image, of weight 0, so that all have one shape.
     """
     order = torch.randperm(len(images), generator=random_generator("cpu", seed, "order", epoch))
     for index in order[start:].to(images.device).split(batch_size):

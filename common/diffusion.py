@@ -1,4 +1,4 @@
-"""The theory on one page: noise goes in, the network guesses it, noise goes out (DDPM, arXiv:2006.11239).
+"""The theory on one page: noise goes in, the network predicts it, noise goes out (DDPM, arXiv:2006.11239).
 
 Images are float32 (B, C, H, W), clean ones in [-1, 1]. A time step `t` is an int64 tensor (B,) with 0 <= t < steps.
 """
