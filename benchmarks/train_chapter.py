@@ -46,7 +46,7 @@ from common.run.shapes import draw_shapes
 ROOT = Path(__file__).resolve().parent.parent
 MILESTONES = (1, 5, 20, 60, 80, 120)  # epochs after which the averaged weights are kept
 GRIDS = {"F": "part-f-cifar-aug-output.png", "G": "part-h-cifar-attn-output.png"}  # the others have the script's name
-IDEAS = ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")
+IDEAS = dict(zip(STAGES, ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")))
 ROW = (0, 0, 274, 36)  # the first eight pictures of a grid of 8 x 8
 SAMPLERS = (("ddim", 50), ("ddim", 400), ("ddpm", 50), ("ddpm", 1000))
 TIMES = (0, 50, 100, 200, 300, 450, 600, 999)
@@ -62,7 +62,7 @@ def train(letters: list[str], options: argparse.Namespace, more: list[str]) -> N
         SystemExit: a stage could not be trained, or was told to stop.
     """
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
-    goals = {letter: options.epochs or documented_epochs(letter) for letter in letters}
+    goals = {letter: options.epochs or importlib.import_module(STAGES[letter]).stage.epochs for letter in letters}
     for milestone in sorted({*MILESTONES, *goals.values()}):
         for letter in letters:
             run_dir = options.runs / STAGES[letter]
@@ -94,11 +94,6 @@ def begin_from_assets(letter: str, run_dir: Path) -> None:
     count = len([*new_model(letter).parameters()])
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, {**saved, "model": weights, "ema": weights, "optimizer": dict.fromkeys(range(count))})
-
-
-def documented_epochs(letter: str) -> int:
-    epochs: int = importlib.import_module(STAGES[letter]).stage.epochs
-    return epochs
 
 
 def epochs_done(letter: str, run_dir: Path) -> int:
@@ -234,7 +229,7 @@ def results_table(assets: Path) -> str:
     """
     numbers = read_numbers(assets)
     common = max(set.intersection(*({*by_epoch} for by_epoch in numbers.values())), default=0)
-    rows = [(letter, common, idea(letter)) for letter in STAGES if common]
+    rows = [(letter, common, IDEAS[letter]) for letter in STAGES if common]
     furthest = {letter: max(by_epoch, default=0) for letter, by_epoch in numbers.items()}
     rows += [(letter, epoch, f"after {epoch} epochs") for letter, epoch in furthest.items() if epoch > common]
     losses = [numbers[letter][epoch]["loss"] for letter, epoch, _ in rows]
@@ -252,16 +247,12 @@ def results_table(assets: Path) -> str:
     return "\n".join(lines)
 
 
-def idea(letter: str) -> str:
-    return IDEAS[list(STAGES).index(letter)]
-
-
 # Pictures
 
 
 def ladder(runs: Path, epoch: int, furthest: dict[str, int], assets: Path) -> None:
     """A row of pictures for each stage after equally many epochs, then for those that went further; the same noises."""
-    rows = [(f"{letter}  {idea(letter)}", milestone_dir(runs / STAGES[letter], epoch)) for letter in STAGES]
+    rows = [(f"{letter}  {IDEAS[letter]}", milestone_dir(runs / STAGES[letter], epoch)) for letter in STAGES]
     for letter, last in furthest.items():
         if last > epoch:
             rows.append((f"{letter}  {last} epochs", milestone_dir(runs / STAGES[letter], last)))
@@ -311,7 +302,7 @@ def losses(assets: Path) -> None:
     for letter in STAGES:
         if (assets / "logs" / f"{STAGES[letter]}.csv").exists():
             rows = read_log(assets, letter)
-            label = f"{letter}  {idea(letter)}"
+            label = f"{letter}  {IDEAS[letter]}"
             axes.plot([row["epoch"] for row in rows], [row["held_out_loss"] for row in rows], ".-", label=label)
     axes.set(xlabel="epoch", ylabel="held-out loss of the averaged weights", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -15,7 +15,7 @@ def shuffled_batches(
 
     Args:
         images: (N, ...), on the device that trains.
-        start: how many images of that order have been used already, a multiple of batch_size, to go on in the middle.
+        start: how many images of that order have been used already, to go on in the middle.
 
     Yields:
         images (batch_size, ...) and the weight of each in the batch's mean loss, float32 (batch_size,), 1 in all. The

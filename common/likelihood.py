@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.special import log_ndtr
 
 from common.data import random_generator, to_float
-from common.diffusion import NoisePredictor, NoiseSchedule, clipped_x0, diffusion_loss
+from common.diffusion import NoisePredictor, NoiseSchedule, clipped_x0
 
 HELD_OUT_BLOCK = 250  # held-out images that go through the model at a time
 
@@ -36,14 +36,6 @@ def repeated(images: Tensor, steps: int) -> Tensor:
     number = torch.arange(steps * max(2, math.ceil(len(images) / steps)))
     shift = number // math.lcm(len(images), steps)  # by one where an image would meet the same time step again
     return images[(number + shift) % len(images)]
-
-
-@torch.no_grad()
-def held_out_losses(
-    model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, start: int = 0, seed: int = 0
-) -> Tensor:
-    """The noise-prediction loss (eq. 14 of DDPM) of each image of `held_out_draws`, float32 (B,)."""
-    return diffusion_loss(model, schedule, *held_out_draws(images, start, schedule, seed))
 
 
 def held_out_draws(images: Tensor, start: int, schedule: NoiseSchedule, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +72,7 @@ def loss_by_quarter(losses: Tensor, steps: int, num_images: int | None = None) -
     """Mean loss over all time steps, and over each quarter of their range.
 
     Args:
-        losses: of `held_out_losses`, (N,), N a multiple of `steps`, at least twice that.
+        losses: of `held_out_draws`, in their order, (N,), N a multiple of `steps`, at least twice that.
         num_images: how many different images they are of, by default N. An image that is measured several times tells
             little new, so the standard errors are those of as many measurements as there are images: rather too large.
     """

@@ -42,9 +42,8 @@ class Trainer:
         self.progress = progress or Progress()
         self.device = next(model.parameters()).device
         self.schedule = NoiseSchedule().to(self.device)
-        self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=options.lr, fused=all(p.is_floating_point() for p in model.parameters())
-        )
+        fused = all(p.is_floating_point() for p in model.parameters())  # one kernel for all; it refuses integers
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=fused)
         self.ema = AveragedWeights(model, options.ema_decay)
         self.predict_noise: NoisePredictor = model  # a wrapper of the model may take its place
 
@@ -54,7 +53,7 @@ class Trainer:
         while progress.epoch < options.epochs:
             batches = shuffled_batches(images, options.batch_size, options.seed, progress.epoch, progress.seen)
             for batch, loss_weight in batches:
-                seed_everything(random_seed(options.seed, "step", progress.step))  # also when a training goes on here
+                seed_everything(random_seed(options.seed, "step", progress.step))  # a resumed training draws the same
                 x0 = self.augment(batch)
                 t = torch.randint(self.schedule.steps, (len(x0),), device=self.device)
                 noise = torch.randn_like(x0)

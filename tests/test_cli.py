@@ -423,21 +423,25 @@ def test_whatever_an_option_is_given_it_is_taken_or_refused_by_name(data: st.Dat
         ("ema", {"another": torch.zeros(3)}, "another"),
         ("model_options", {"model_channels": 33}, "no model can be made"),
         ("model_options", {"model_channels": 10**12}, "no model can be made"),
-        (
-            "model_options",
-            {"channel_mult": None},
-            "input_blocks",
-        ),  # so it has its default, which the weights do not fit
+        ("model_options", {"channel_mult": None}, "input_blocks"),  # then its default, which the weights do not fit
         ("model_options", {"activation": "tanh"}, "tanh"),
         ("model_options", {"color": "red"}, "color"),
         ("model_options", {"channel_mult": 7 * [1]}, "6 levels"),
         ("training_options", {"dataset": 3}, "dataset"),
+        ("training_options", {"dataset": "mnist"}, "its option dataset is"),
+        ("training_options", {"dataset": "\x1b[2Jgone"}, "its option dataset is"),
+        ("training_options", {"precision": "fp8"}, "its option precision is 'fp8'"),
+        ("training_options", {"batch_size": 0}, "must be a whole number"),
+        ("training_options", {"ema_decay": 1.5}, "from 0 to below 1"),
+        ("training_options", {"hflip": 3}, "hflip is 3"),
         ("training_options", {"lr": -1.0}, "lr"),
         ("training_options", {"epochs": "many"}, "epochs"),
         ("training_options", {"seed": None}, "seed"),
         ("progress", {"step": -1}, "step"),
         ("progress", {"epoch": torch.inf}, "epoch"),
         ("progress", {"log": "none"}, "log"),
+        ("progress", {"log": [{"epoch": 1}]}, "a row of its log"),
+        ("progress", {"log": [1]}, "not iterable"),
         ("progress", {"speed": 1}, "speed"),
     ],
 )
@@ -459,10 +463,12 @@ def test_a_checkpoint_that_makes_no_sense_is_refused_in_one_line(
     saved[part] = {name: value for name, value in changed.items() if value is not None}
     torch.save(saved, tmp_path / "checkpoint.pt")
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    assert run_stage(E, *command.split(), "--run-dir", tmp_path) in (1, 2)
+    assert run_stage(E, *command.split(), "--run-dir", tmp_path) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert reason in error
+    assert str(tmp_path / "checkpoint.pt") in error
+    assert "\x1b" not in error
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
@@ -480,32 +486,9 @@ def test_an_optimiser_state_of_another_shape_is_refused_before_anything_is_compi
         assert str(tmp_path / "checkpoint.pt") in error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_device_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_stage(A, "train", "--device", "cuda", "--run-dir", tmp_path) == 2
-    assert "--device" in capsys.readouterr().err
-
-
-def test_a_missing_checkpoint_and_a_foreign_one(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_stage(A, "test", "--run-dir", tmp_path) == 1
-    assert str(tmp_path / "checkpoint.pt") in capsys.readouterr().err
+def test_a_foreign_checkpoint_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_stage(A, "test", "--run-dir", run_dir) == 1
     assert E in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_made_is_named(
-    tmp_path: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    status = run_stage(
-        A, "train", "--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path / "file" / "run"
-    )
-    assert status == 1
-    error = capsys.readouterr().err
-    assert str(tmp_path / "file") in error
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("stage", STAGES)

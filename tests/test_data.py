@@ -60,7 +60,9 @@ def test_damaged_shapes_are_drawn_again(tmp_path: Path, monkeypatch: pytest.Monk
     first = load()
     whole = (tmp_path / "shapes.npz").read_bytes()
     middle = len(whole) // 2
-    for damaged in (b"", b"no archive", whole[:middle], whole[:middle] + b"damage" + whole[middle + 6 :]):
+    directory = whole.rindex(b"PK\x01\x02")  # 10 bytes on is the compression method, 46 on the name
+    flipped = [whole[:n] + bytes([whole[n] ^ 0xFF]) + whole[n + 1 :] for n in (0, directory + 10, directory + 46)]
+    for damaged in (b"", b"no archive", whole[:middle], whole[:middle] + b"damage" + whole[middle + 6 :], *flipped):
         (tmp_path / "shapes.npz").write_bytes(damaged)
         assert torch.equal(load(), first)
         assert (tmp_path / "shapes.npz").read_bytes() == whole

@@ -176,15 +176,7 @@ def test_own_images_that_are_not_there_end_all_ranks(tmp_path: Path) -> None:
 
 
 def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     command += [f"{A}.py", "train", "--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path)]
     done = subprocess.run([*command, "--batch-size", "4", "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

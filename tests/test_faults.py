@@ -34,7 +34,7 @@ A = "part_a_cifar"
 PATIENCE = 120  # seconds
 
 processes = multiprocessing.get_context("forkserver")  # imports PyTorch once, not once for every process
-processes.set_forkserver_preload(["tests.tiny_run", "matplotlib.backends.backend_agg"])
+processes.set_forkserver_preload(["tests.tiny_run"])
 
 
 def start(*arguments: Any) -> Any:

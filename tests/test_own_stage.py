@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,22 +194,8 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
         return Tiny()
 
     stage = Stage(str(tmp_path / "part_h.py"), "Part H.", build_model, [add_options])
-    options = (
-        "--wide",
-        "--no-gated",
-        "--num_heads",
-        2,
-        "--dropout",
-        0.1,
-        "--sizes",
-        3,
-        4,
-        "-dd",
-        "--causal",
-        "--percent",
-        5,
-        "--extra",
-        1,
+    options = shlex.split(
+        "--wide --no-gated --num_heads 2 --dropout 0.1 --sizes 3 4 -dd --causal --percent 5 --extra 1"
     )
     asked = {"wide": True, "gated": False, "num_heads": 2, "dropout": 0.1, "sizes": [3, 4], "deeper": 2}
     asked |= {"causal": "causal", "percent": 0.05, "extra": [7, 1]}

@@ -440,20 +440,8 @@ def test_signals_save_and_stop(tmp_path: Path, shapes_dir: Path, number: signal.
     assert "--resume" in process.stdout.read()
     step = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")["progress"]["step"]
     assert step > 0
-    assert (
-        run_stage(
-            "part_a_cifar",
-            "train",
-            "--resume",
-            "--data-dir",
-            shapes_dir,
-            "--run-dir",
-            tmp_path,
-            "--max-steps",
-            step + 1,
-        )
-        == 0
-    )
+    go_on = ("train", "--resume", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--max-steps", step + 1)
+    assert run_stage("part_a_cifar", *go_on) == 0
 
 
 def test_a_scale_that_has_doubled_many_times_comes_back(images: Tensor, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -90,9 +90,10 @@ def save_weights(path: Path, checkpoint: Checkpoint) -> None:
     _write(path, _packed({**part, "ema": half}))
 
 
-def _packed(contents: Mapping[str, Any]) -> io.BytesIO:
+def _packed(contents: Any) -> io.BytesIO:
     packed = io.BytesIO()
     torch.save(contents, packed)  # not straight to the disk: of a full one torch.save does not say that it is full
+    packed.seek(0)
     return packed
 
 
@@ -145,11 +146,8 @@ def _unpack(file: io.BytesIO, path: Path, stage: str, ema_only: bool = False) ->
 
 def survives(value: Any) -> bool:
     """Whether a value comes back from a checkpoint as it is."""
-    packed = io.BytesIO()
     try:
-        torch.save(value, packed)
-        packed.seek(0)
-        return bool(torch.load(packed, weights_only=True) == value)
+        return bool(torch.load(_packed(value), weights_only=True) == value)
     except Exception:  # a function, say, or a file
         return False
 

@@ -14,7 +14,7 @@ from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.errors import UserError, warn
 from common.run.folder import one_at_a_time
-from common.run.own_images import check_place, load_own_images
+from common.run.own_images import load_own_images
 from common.run.shapes import draw_shapes
 
 IMAGE_SHAPE = (3, 32, 32)
@@ -46,16 +46,6 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
         else:
             images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
     return torch.from_numpy(np.ascontiguousarray(images))
-
-
-def check_dataset(dataset: str | None) -> None:
-    """Makes sure, before any work, that a data set has a known name, or is a place where images can be.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if dataset is not None and dataset not in DATASETS:
-        check_place(dataset)
 
 
 def check_images(images: Tensor, name: str) -> None:

@@ -188,13 +188,8 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the error says that a tensor did not fit into memory, of whichever device."""
-    words: tuple[str, ...] = (
-        "out of memory",
-        "can't allocate memory",
-        "invalid buffer size",
-        "size calculation overflowed",
-    )
-    words += ("alloc_failed", "unable to find an engine")  # of cuDNN and cuBLAS
+    words = ["out of memory", "can't allocate memory", "invalid buffer size", "size calculation overflowed"]
+    words += ["alloc_failed", "unable to find an engine"]  # of cuDNN and cuBLAS
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 

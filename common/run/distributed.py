@@ -106,12 +106,6 @@ def hides_bars() -> bool | None:
     return None if RANK == 0 and sys.stderr else True
 
 
-def share(count: int) -> slice:
-    """Which of `count` things, a multiple of WORLD_SIZE, are this rank's."""
-    each = count // WORLD_SIZE
-    return slice(RANK * each, (RANK + 1) * each)
-
-
 def on_first(function: Callable[[], T]) -> T:
     """Calls the function on rank 0 alone. What it returns is returned on every rank, what it raises is raised there."""
     if WORLD_SIZE == 1:

@@ -23,7 +23,7 @@ def only_telling() -> Iterator[None]:
     """What is within tells of work that is done and saved, so that no failure of it ends a run; a warning names it."""
     try:
         yield
-    except Exception as error:  # of a plot or a picture, there is no end of what can go wrong
+    except Exception as error:  # of a log or a picture, there is no end of what can go wrong
         warn(f"going on without: {type(error).__name__}: {error}")
 
 

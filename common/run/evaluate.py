@@ -13,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import __version__
-from common.diffusion import NoisePredictor, NoiseSchedule
+from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
 from common.likelihood import (
     HELD_OUT_BLOCK,
     Bound,
-    held_out_losses,
+    held_out_draws,
     kl_ranges,
     loss_by_quarter,
     mean_over_images,
@@ -26,21 +26,23 @@ from common.likelihood import (
 )
 from common.run import distributed
 from common.run.checkpoint import atomic_write
-from common.run.datasets import check_dataset, load_images
+from common.run.datasets import DATASETS, load_images
 from common.run.device import noise_predictor
 from common.run.errors import UserError, counted, printable, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
-from common.run.pictures import check_outputs
-from common.run.test import draw, sampling_steps
+from common.run.own_images import check_place
+from common.run.pictures import check_outputs, default_steps
+from common.run.test import draw
 
 Report = dict[str, Any]
 
 
 def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Measures what a stage has learned. Returns the exit status."""
-    steps = sampling_steps(options)
-    distributed.on_first(lambda: check_dataset(options.dataset))
+    steps = options.steps or default_steps(options.sampler, NoiseSchedule().steps)
+    if options.dataset not in (None, *DATASETS):
+        distributed.on_first(lambda: check_place(options.dataset))
     largest = max(HELD_OUT_BLOCK, min(options.fid, options.batch_size)) if options.fid else HELD_OUT_BLOCK
     trained = load_trained(stage, options, typed, largest)
     output = options.output or trained.folder / "eval.json"
@@ -153,9 +155,8 @@ def new_fid(device: torch.device, feature: Any = 2048) -> Any:
 def fid(metric: Any, samples: Tensor, images: Tensor) -> float:
     """Fréchet inception distance (arXiv:1706.08500) of samples from images, uint8 (N, 3, 32, 32) each, N >= 2."""
     for pictures, real in ((images, True), (samples, False)):
-        for block in tqdm(
-            pictures.split(HELD_OUT_BLOCK), desc="features", unit=" blocks", disable=distributed.hides_bars()
-        ):
+        blocks = pictures.split(HELD_OUT_BLOCK)
+        for block in tqdm(blocks, desc="features", unit=" blocks", disable=distributed.hides_bars()):
             metric.update(block.to(metric.device), real=real)
     return float(metric.compute())
 
@@ -164,10 +165,10 @@ def fid(metric: Any, samples: Tensor, images: Tensor) -> float:
 
 
 def measure_losses(model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, seed: int = 0) -> Tensor:
-    """`likelihood.held_out_losses` of all blocks of the images, float64 (N,)."""
+    """The noise-prediction loss (eq. 14 of DDPM) of each of `likelihood.held_out_draws`, float64 (N,)."""
 
     def losses_of_block(model: NoisePredictor, start: int) -> Tensor:
-        return held_out_losses(model, schedule, images, start, seed)
+        return diffusion_loss(model, schedule, *held_out_draws(images, start, schedule, seed))
 
     return _block_by_block("loss", model, len(images), 1, losses_of_block)
 
@@ -201,11 +202,11 @@ def _block_by_block(
     hide = distributed.hides_bars()
     with torch.no_grad(), tqdm(total=total, desc=description, unit=" images", disable=hide) as bar:
 
-        def counted(xt: Tensor, t: Tensor) -> Tensor:
+        def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
             bar.update(len(xt))
             return model(xt, t)
 
-        values = {start: values_of_block(counted, start).cpu().double() for start in starts}
+        values = {start: values_of_block(predict_noise, start).cpu().double() for start in starts}
     for others in distributed.gather(values):
         values |= others
     return torch.cat([values[start] for start in sorted(values)])

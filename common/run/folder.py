@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MARK = ".run.lock"  # whoever finds it in a folder knows that a run was begun there
+MARK = ".run.lock"  # where it is, a run was begun, and what has the names of RUN_FILES is ours
 SAMPLE_NAME = re.compile(r"data|epoch-\d{4,}")
 RUN_FILES = ("checkpoint.pt", "log.csv", "samples.png", "eval.json", "samples")
 
@@ -68,11 +68,6 @@ def _lock(file: IO[bytes], wait: bool) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         pass
-
-
-def is_run_folder(run_dir: Path) -> bool:
-    """Whether a run was ever begun there, in which case what has the names of RUN_FILES is ours."""
-    return (run_dir / MARK).exists()
 
 
 def has_epochs(run_dir: Path) -> bool:

@@ -109,13 +109,6 @@ def refuse_contradictions(asked: Mapping[str, Any], saved: Mapping[str, Any], pa
             raise UsageError(f"argument {flag(name)}: {now} contradicts {path}, which was made with {then}")
 
 
-def shipped_weights(stage: Stage) -> Path:
-    """The file of weights that comes with the project, for --pretrained."""
-    if not stage.weights.exists():
-        raise UsageError(f"argument --pretrained: no weights come with {stage.name}.py; train it, and leave this out")
-    return stage.weights
-
-
 class TrainedModel(NamedTuple):
     """A model from a checkpoint, ready for use."""
 
@@ -132,7 +125,9 @@ class TrainedModel(NamedTuple):
 
 def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any], batch_size: int) -> TrainedModel:
     """The model that `test` and `eval` use; where it is to be compiled, for batches of that size."""
-    path = shipped_weights(stage) if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
+    if options.pretrained and not stage.weights.exists():
+        raise UsageError(f"argument --pretrained: no weights come with {stage.name}.py; train it, and leave this out")
+    path = stage.weights if options.pretrained else options.checkpoint or options.run_dir / "checkpoint.pt"
     folder = options.run_dir / "pretrained" if options.pretrained else path.parent
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
@@ -141,10 +136,8 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
         raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
     if not path.exists():
         command = shlex.join(["python", stage.script, "train", "--run-dir", str(path.parent)])
-        pretrained = (
-            "; or take the weights that come with the project, with --pretrained" if stage.weights.exists() else ""
-        )
-        raise UserError(f"{path}: no checkpoint there; make one with: {command}{pretrained}")
+        hint = "; or take the weights that come with the project, with --pretrained" if stage.weights.exists() else ""
+        raise UserError(f"{path}: no checkpoint there; make one with: {command}{hint}")
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
     if not options.output:
         distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))

@@ -15,6 +15,7 @@ from torch import nn
 
 from common import __version__
 from common.blocks import ACTIVATIONS
+from common.diffusion import NoiseSchedule
 from common.run.datasets import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES
 from common.run.device import DTYPES
 from common.run.errors import UsageError
@@ -115,12 +116,6 @@ def dataset(word: str) -> str:
     return os.path.abspath(path(word))
 
 
-def _precision(word: str) -> str:
-    if word not in PRECISIONS:
-        raise argparse.ArgumentTypeError(f"must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {word!r}")
-    return word
-
-
 def _url(word: str) -> str:
     if not word.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"must start with http:// or https://, got {word!r}")
@@ -134,7 +129,7 @@ TRAINING_TYPES: dict[str, Callable[[str], Any]] = {  # of what a checkpoint carr
     "ema_decay": partial(_number, kind=float, accept=lambda value: 0 <= value < 1, expected="from 0 to below 1"),
     "seed": seed,
     "dataset": dataset,
-    "precision": _precision,
+    "precision": {name: name for name in PRECISIONS}.get,
 }
 
 
@@ -289,7 +284,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
     shipped = "take the weights that come with the project; what is made of them goes to pretrained/ in the run folder"
     add("--seed", type=seed, default=0, help="of the noise")
     add("--sampler", choices=SAMPLERS, default="ddpm", help="with fresh noise in every step, or without")
-    add("--steps", type=whole_number(1), help=steps)
+    add("--steps", type=whole_number(1, NoiseSchedule().steps), help=steps)
     add("--weights", choices=("ema", "raw"), default="ema", help=weights)
     add("--batch-size", type=whole_number(1, MAX_SAMPLES), default=256, help="images to draw at a time")
     add_either("--checkpoint", type=path, help="file to read (default: checkpoint.pt in the run folder)")
@@ -298,16 +293,11 @@ def _add_sampling_options(group: OptionGroup) -> None:
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:
     add, devices = group.add_argument, ("auto", "cpu", "cuda", "mps")
-    precision = (
-        "auto: bf16 autocast on GPUs and x86 processors that have it, fp16 on GPUs that have only that, else fp32"
-    )
-    compiled = (
-        "compile the model, which needs a C++ compiler (default: when training, on cuda and, in bf16, on processors "
-        "with AMX)"
-    )
+    precision = "auto: bf16 on GPUs and x86 CPUs that have it, fp16 on GPUs that have only that, else fp32"
+    compiled = "compile the model, with a C++ compiler (default: in training, on cuda and, in bf16, on CPUs with AMX)"
     add("--run-dir", type=path, default=Path("runs") / stage.name, help="folder of the run")
     add("--device", choices=devices, default="auto", help="auto: the first of cuda, mps, cpu")
-    add("--precision", type=_precision, metavar=f"{{{','.join(PRECISIONS)}}}", default="auto", help=precision)
+    add("--precision", choices=PRECISIONS, default="auto", help=precision)
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
 
 

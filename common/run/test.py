@@ -11,7 +11,7 @@ from tqdm import tqdm
 from common.diffusion import NoiseSchedule
 from common.run import distributed
 from common.run.device import autocast, noise_predictor
-from common.run.errors import UsageError, counted, say
+from common.run.errors import counted, say
 from common.run.models import TrainedModel, load_trained
 from common.run.options import Stage
 from common.run.pictures import (
@@ -32,7 +32,7 @@ ENDINGS = {"--output": [".png"], "--film": list(FILM_FORMATS), "--trajectory": [
 
 def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Draws what a stage has learned. Returns the exit status."""
-    steps = sampling_steps(options)
+    steps = options.steps or default_steps(options.sampler, NoiseSchedule().steps)
     outputs = {"--output": options.output, "--film": options.film, "--trajectory": options.trajectory}
     check_outputs(outputs, ENDINGS)
     trained = load_trained(stage, options, typed, min(options.batch_size, options.num_images))
@@ -70,15 +70,6 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
             save_images(images, options.save_images)
             say(f"{options.save_images}: {counted(len(images), 'image')}, a PNG each")
     return 0
-
-
-def sampling_steps(options: argparse.Namespace) -> int:
-    """How many time steps the sampler visits."""
-    all_steps = NoiseSchedule().steps
-    steps = options.steps or default_steps(options.sampler, all_steps)
-    if steps > all_steps:
-        raise UsageError(f"argument --steps: {all_steps} at most, got {steps}")
-    return steps
 
 
 def draw(

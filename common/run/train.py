@@ -14,12 +14,13 @@ import torch
 from common.likelihood import repeated
 from common.run import checkpoint, distributed, loop
 from common.run.checkpoint import Checkpoint, RunOptions
-from common.run.datasets import DATASETS, check_dataset, load_images
+from common.run.datasets import DATASETS, load_images
 from common.run.device import compile_model, compiles_training, pick_device, pick_precision
 from common.run.errors import UsageError, UserError, counted, printable, say
-from common.run.folder import RUN_FILES, has_epochs, is_run_folder, locked, remove_run
+from common.run.folder import MARK, RUN_FILES, has_epochs, locked, remove_run
 from common.run.models import build_model, new_model_options, refuse_contradictions, saved_model_options
 from common.run.options import Stage, flag
+from common.run.own_images import check_place
 from common.run.trainer import Run
 
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
@@ -28,9 +29,10 @@ FIXED = ("dataset", "seed")  # training options that a run cannot change when it
 def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Trains a stage. Returns the exit status."""
     run_dir: Path = options.run_dir
-    distributed.on_first(lambda: check_dataset(options.dataset))
-    if options.dataset not in DATASETS and run_dir.resolve() == Path(options.dataset).resolve():
-        raise UsageError(f"argument --run-dir: {run_dir} is the folder of the images; name another one")
+    if options.dataset not in DATASETS:
+        distributed.on_first(lambda: check_place(options.dataset))
+        if run_dir.resolve() == Path(options.dataset).resolve():
+            raise UsageError(f"argument --run-dir: {run_dir} is the folder of the images; name another one")
     is_first = distributed.RANK == 0
     device = pick_device(options.device)
     with ExitStack() as held:
@@ -81,7 +83,7 @@ def _take_run_folder(stage: Stage, options: argparse.Namespace, held: ExitStack)
     if os.path.lexists(path) and not path.is_file():
         raise UsageError(f"--run-dir {run_dir}: checkpoint.pt there is no file; move it away, or name another folder")
     present = [name for name in RUN_FILES if (run_dir / name).exists()]
-    if present and not is_run_folder(run_dir):
+    if present and not (run_dir / MARK).exists():
         if not path.exists():
             raise UsageError(
                 f"--run-dir {run_dir}: there is no run, but {', '.join(present)}, which one would replace; "

@@ -36,12 +36,7 @@ class Run(Trainer):
     progress: RunProgress
 
     def __init__(
-        self,
-        stage: str,
-        model_options: dict[str, Any],
-        model: nn.Module,
-        options: RunOptions,
-        precision: str = "fp32",
+        self, stage: str, model_options: dict[str, Any], model: nn.Module, options: RunOptions, precision: str = "fp32"
     ):
         distributed.broadcast([*model.parameters(), *model.buffers()])
         super().__init__(model, options, RunProgress())
@@ -65,9 +60,8 @@ class Run(Trainer):
 
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor, loss_weight: Tensor) -> Tensor:
         """As Trainer.gradient_step, of this rank's share of the batch; adds up losses, notes whether all is finite."""
-        mine = distributed.share(len(x0))
-        loss = super().gradient_step(x0[mine], t[mine], noise[mine], loss_weight[mine])
-        loss = distributed.sum_over_ranks(loss)
+        mine = (x.chunk(distributed.WORLD_SIZE)[distributed.RANK] for x in (x0, t, noise, loss_weight))
+        loss = distributed.sum_over_ranks(super().gradient_step(*mine))
         if distributed.WORLD_SIZE > 1:
             distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
         self._all_finite &= loss.isfinite()
