@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,15 @@ def test_the_log_of_a_run_whose_checkpoint_was_moved_away_is_not_overwritten(
     assert run_stage(A, "train", *short, "--max-steps", 1, "--overwrite") == 0
 
 
-@pytest.mark.parametrize("kind", ["folder", "link"])
-def test_a_checkpoint_that_is_no_file_is_told_before_any_work(
-    kind: str, tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["checkpoint.pt", ".run.lock"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, partial(os.symlink, "unmounted")])
+def test_a_checkpoint_or_lock_that_is_no_file_is_told_before_any_work(
+    make: Callable[[Path], None], name: str, tmp_path: Path, short: tuple[object, ...], capsys: Any
 ) -> None:
     (tmp_path / "run").mkdir()
-    path = tmp_path / "run" / "checkpoint.pt"
-    path.mkdir() if kind == "folder" else path.symlink_to(tmp_path / "unmounted" / "checkpoint.pt")
+    make(tmp_path / "run" / name)
     assert run_stage(A, "train", *short, "--overwrite", "--max-steps", 1) == 2
-    assert "checkpoint.pt there is no file" in capsys.readouterr().err
+    assert f"{name} there is no file" in capsys.readouterr().err
 
 
 def test_a_data_folder_is_no_run_folder(

@@ -80,8 +80,9 @@ def _take_run_folder(stage: Stage, options: argparse.Namespace, held: ExitStack)
         UsageError: the folder has a run that may not be replaced, or files that no run has left there.
     """
     run_dir, path = options.run_dir, options.run_dir / "checkpoint.pt"
-    if os.path.lexists(path) and not path.is_file():
-        raise UsageError(f"--run-dir {run_dir}: checkpoint.pt there is no file; move it away, or name another folder")
+    for name in (path.name, MARK):  # to open a pipe could wait forever
+        if os.path.lexists(run_dir / name) and not (run_dir / name).is_file():
+            raise UsageError(f"--run-dir {run_dir}: {name} there is no file; move it away, or name another folder")
     present = [name for name in RUN_FILES if (run_dir / name).exists()]
     if present and not (run_dir / MARK).exists():
         if not path.exists():
