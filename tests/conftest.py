@@ -3,6 +3,8 @@
 import importlib
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,15 @@ def run_stage(name: str, *arguments: object) -> int:
     with pytest.raises(SystemExit) as exit_:
         main(stage, [str(argument) for argument in arguments])
     return int(exit_.value.code or 0)
+
+
+def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen[str]) -> None:
+    """Waits until a process that has just been started saves a checkpoint: it trains, and minds signals."""
+    path = run_dir / "checkpoint.pt"
+    before = path.stat().st_mtime_ns if path.exists() else None
+    while not path.exists() or path.stat().st_mtime_ns == before:
+        assert process.poll() is None
+        time.sleep(0.05)
 
 
 def mind_signals() -> None:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from common.run import checkpoint
 from common.run.checkpoint import Checkpoint
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_for_checkpoint
 from tests.test_training import assert_same
 from tests.train_ranks import train_rank
 
@@ -205,10 +204,10 @@ def test_an_error_of_rank_0_ends_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_rank_dies_the_other_ends_with_an_error(tmp_path: Path, shapes_dir: Path, victim: int) -> None:
     common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 4)
-    with started(2, f"{A}.py", "train", *common) as ranks:
+    with started(2, f"{A}.py", "train", *common, "--checkpoint-every", 1) as ranks:
         assert ranks[0].stdout is not None
         assert "2 processes" in ranks[0].stdout.readline()
-        time.sleep(2)
+        wait_for_checkpoint(tmp_path, ranks[0])
         ranks[victim].kill()
         _, error = ranks[1 - victim].communicate(timeout=PATIENCE)
         assert ranks[1 - victim].returncode == 1
@@ -218,10 +217,8 @@ def test_when_a_rank_dies_the_other_ends_with_an_error(tmp_path: Path, shapes_di
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path, shapes_dir: Path) -> None:
     common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 4)
-    with started(2, f"{A}.py", "train", *common) as ranks:
-        assert ranks[0].stdout is not None
-        ranks[0].stdout.readline()
-        time.sleep(2)
+    with started(2, f"{A}.py", "train", *common, "--checkpoint-every", 1) as ranks:
+        wait_for_checkpoint(tmp_path, ranks[0])
         ranks[1].send_signal(signal.SIGTERM)
         for rank in ranks:
             assert rank.wait(timeout=PATIENCE) == 143

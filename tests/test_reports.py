@@ -27,7 +27,7 @@ from common.run.folder import one_at_a_time
 from common.run.loop import train
 from common.run.pictures import sample_images
 from tests import tiny_run
-from tests.conftest import ROOT, STAGES, mind_signals, run_stage
+from tests.conftest import ROOT, STAGES, mind_signals, run_stage, wait_for_checkpoint
 from tests.test_training import read_log
 
 A = STAGES[0]
@@ -324,22 +324,20 @@ def test_a_reader_that_leaves_costs_nothing(stream: str, tmp_path: Path, short: 
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"] == 20
 
 
-def started_run(words: list[str]) -> subprocess.Popen[str]:
+def started_run(words: list[str], tmp_path: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=mind_signals)
-    assert process.stdout is not None
-    assert "parameters" in process.stdout.readline()
-    time.sleep(1)
+    wait_for_checkpoint(tmp_path / "run", process)
     return process
 
 
 def test_a_closed_window_saves_and_nohup_goes_on(tmp_path: Path, short: tuple[object, ...]) -> None:
-    words = [sys.executable, f"{A}.py", "train", *map(str, short), "--max-steps", "100000"]
-    process = started_run(words)
+    words = [sys.executable, f"{A}.py", "train", *map(str, short), "--checkpoint-every", "1"]
+    process = started_run(words, tmp_path)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
     step = checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"]
     assert step > 0
-    process = started_run(["nohup", *words, "--resume"])
+    process = started_run(["nohup", *words, "--resume"], tmp_path)
     process.send_signal(signal.SIGHUP)
     time.sleep(1)
     assert process.poll() is None
@@ -350,8 +348,8 @@ def test_a_closed_window_saves_and_nohup_goes_on(tmp_path: Path, short: tuple[ob
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, short: tuple[object, ...]) -> None:
     """As `&` in a script leaves SIGINT."""
-    words = shlex.join([sys.executable, f"{A}.py", "train", *map(str, short), "--max-steps", "100000"])
-    process = started_run(["sh", "-c", f"trap '' INT; exec {words}"])
+    words = shlex.join([sys.executable, f"{A}.py", "train", *map(str, short), "--checkpoint-every", "1"])
+    process = started_run(["sh", "-c", f"trap '' INT; exec {words}"], tmp_path)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
@@ -360,7 +358,8 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, short: tuple[object, 
 
 
 def test_interrupted_under_tee_the_status_is_that_of_the_signal(tmp_path: Path, short: tuple[object, ...]) -> None:
-    process = started_run([sys.executable, f"{A}.py", "train", *map(str, short)])
+    words = [sys.executable, f"{A}.py", "train", *map(str, short), "--checkpoint-every", "1"]
+    process = started_run(words, tmp_path)
     assert process.stdout is not None
     process.stdout.close()  # tee has died of the same Ctrl-C
     process.send_signal(signal.SIGINT)

@@ -6,7 +6,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from common.run.loop import train
 from common.run.trainer import Run
 from common.training import AveragedWeights, Trainer, TrainingOptions
 from tests import tiny_run
-from tests.conftest import ROOT, STAGES, mind_signals, run_stage
+from tests.conftest import ROOT, STAGES, mind_signals, run_stage, wait_for_checkpoint
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 44 images: 3 steps an epoch, 9 in all
 
@@ -425,6 +424,7 @@ def test_a_loss_that_is_no_number_stops_the_run(images: Tensor, tmp_path: Path) 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_stop(tmp_path: Path, shapes_dir: Path, number: signal.Signals, status: int) -> None:
     arguments = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path), "--batch-size", "8"]
+    arguments += ["--checkpoint-every", "1"]
     process = subprocess.Popen(
         [sys.executable, "part_a_cifar.py", "train", *arguments],
         cwd=ROOT,
@@ -433,8 +433,7 @@ def test_signals_save_and_stop(tmp_path: Path, shapes_dir: Path, number: signal.
         preexec_fn=mind_signals,
     )
     assert process.stdout is not None
-    process.stdout.readline()  # the run has begun
-    time.sleep(1)
+    wait_for_checkpoint(tmp_path, process)
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     assert "--resume" in process.stdout.read()
