@@ -129,7 +129,7 @@ TRAINING_TYPES: dict[str, Callable[[str], Any]] = {  # of what a checkpoint carr
     "ema_decay": partial(_number, kind=float, accept=lambda value: 0 <= value < 1, expected="from 0 to below 1"),
     "seed": seed,
     "dataset": dataset,
-    "precision": {name: name for name in PRECISIONS}.get,
+    "precision": {name: name for name in PRECISIONS}.get,  # None for any other word
 }
 
 
