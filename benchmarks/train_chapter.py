@@ -4,7 +4,7 @@
     python benchmarks/train_chapter.py --epochs 20 --minutes 600     # 20 epochs each; stops after ten hours
     python benchmarks/train_chapter.py --processes 8                 # eight processes a stage, by torchrun
     python benchmarks/train_chapter.py --from-assets                 # goes on from the weights in assets/weights
-    python benchmarks/train_chapter.py --report                      # the tables and pictures of what is there
+    python benchmarks/train_chapter.py --report                      # measures what is there; the tables and pictures
 
 The stages take turns: each is trained up to one milestone before any is trained further, so that at any time all of
 them can be compared. Ctrl-C, SIGTERM and --minutes stop it; the same command goes on from there. What each stage has
@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MILESTONES = (1, 5, 20, 60, 80, 120)  # epochs after which the averaged weights are kept
 GRIDS = {"F": "part-f-cifar-aug-output.png", "G": "part-h-cifar-attn-output.png"}  # the others have the script's name
 IDEAS = dict(zip(STAGES, ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")))
-ROW = 5  # of the eight in a grid, counted from 0, for the ladder: the one in which G draws most that can be named
+ROW = 5  # of the eight in a grid, counted from 0, to show: the one in which G draws most that can be named
 SAMPLERS = (("ddim", 50), ("ddim", 400), ("ddpm", 50), ("ddpm", 1000))
 TIMES = (0, 50, 100, 200, 300, 450, 600, 999)
 
@@ -84,15 +84,23 @@ def train(letters: list[str], options: argparse.Namespace, more: list[str]) -> N
 
 
 def begin_from_assets(letter: str, run_dir: Path) -> None:
-    """Lets a run that is not there begin where the weights in assets/weights stop: with their log, and a new Adam."""
-    path = run_dir / "checkpoint.pt"
-    source = ROOT / "assets" / "weights" / f"{STAGES[letter]}.pt"
+    """Lets a run that is not there begin where the weights in assets/weights stop: with their log, and a new Adam.
+
+    Their milestone comes along, with what was measured of it and its grid.
+    """
+    path, name, assets = run_dir / "checkpoint.pt", STAGES[letter], ROOT / "assets"
+    source = assets / "weights" / f"{name}.pt"
     if path.exists() or not source.exists():
         return
-    saved = checkpoint.load(source, STAGES[letter], ema_only=True)
+    saved = checkpoint.load(source, name, ema_only=True)
     weights = {name: weight.float() if weight.is_floating_point() else weight for name, weight in saved["ema"].items()}
     count = len([*new_model(letter).parameters()])
-    run_dir.mkdir(parents=True, exist_ok=True)
+    epoch = saved["progress"]["epoch"]
+    folder = milestone_dir(run_dir, epoch)
+    folder.mkdir(parents=True)
+    shutil.copy(source, folder / "checkpoint.pt")
+    shutil.copy(assets / "logs" / f"{name}-{epoch:04d}.json", folder / "eval.json")
+    shutil.copy(assets / "grids" / f"{name}-{epoch:04d}.png", folder / "samples.png")
     checkpoint.save(path, {**saved, "model": weights, "ema": weights, "optimizer": dict.fromkeys(range(count))})
 
 
@@ -147,22 +155,19 @@ def run(command: list[str], deadline: float | None = None) -> int:
 
 
 def report(options: argparse.Namespace, assets: Path) -> None:
-    """Fills assets/ from the runs, as far as there are any, and prints README's table of results."""
-    for folder in (assets / "weights", assets / "logs"):
-        folder.mkdir(parents=True, exist_ok=True)
-    kept = {letter: milestones(options.runs / STAGES[letter]) for letter in STAGES}
-    common = max(set.intersection(*({*epochs} for epochs in kept.values())), default=0)
-    for letter, epochs in kept.items():
-        for epoch in sorted({common, max(epochs, default=0)} - {0}):
-            measure(letter, milestone_dir(options.runs / STAGES[letter], epoch), options.data_dir)
-            publish(letter, milestone_dir(options.runs / STAGES[letter], epoch), assets)
-    last = max(kept["G"], default=0)
-    if common:
-        ladder(options.runs, common, {letter: max(epochs) for letter, epochs in kept.items()}, assets)
-    if last:
-        samplers(milestone_dir(options.runs / STAGES["G"], last), assets)
-    if last > 1:
-        progress(options.runs / STAGES["G"], kept["G"], assets)
+    """Fills assets/ from the stages' runs, makes all pictures anew from it, and prints README's table of results."""
+    for name in ("weights", "logs", "grids"):
+        (assets / name).mkdir(parents=True, exist_ok=True)
+    for letter in options.stages:
+        run_dir = options.runs / STAGES[letter]
+        folders = [milestone_dir(run_dir, epoch) for epoch in milestones(run_dir)]
+        for folder in folders:
+            measure(letter, folder, options.data_dir)
+            publish(letter, folder, assets)
+        if letter == "G" and folders:
+            samplers(folders[-1], assets)
+    ladder(assets)
+    progress(assets)
     losses(assets)
     forward_noising(assets)
     if (options.data_dir / CIFAR10.base_folder).exists():
@@ -201,8 +206,10 @@ def publish(letter: str, folder: Path, assets: Path) -> None:
         writer.writeheader()
         writer.writerows(saved["progress"]["log"])
     numbers = json.loads((folder / "eval.json").read_text())
-    del numbers["checkpoint"]  # where it was on this machine
-    (assets / "logs" / f"{name}-{numbers['epochs']:04d}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    numbers.pop("checkpoint", None)  # where it was on this machine
+    milestone = f"{name}-{numbers['epochs']:04d}"
+    (assets / "logs" / f"{milestone}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    shutil.copy(folder / "samples.png", assets / "grids" / f"{milestone}.png")
 
 
 def grid_name(letter: str) -> str:
@@ -250,13 +257,24 @@ def results_table(assets: Path) -> str:
 # Pictures
 
 
-def ladder(runs: Path, epoch: int, furthest: dict[str, int], assets: Path) -> None:
-    """A row of pictures for each stage after equally many epochs, then for those that went further; the same noises."""
-    rows = [(f"{letter}  {IDEAS[letter]}", milestone_dir(runs / STAGES[letter], epoch)) for letter in STAGES]
-    for letter, last in furthest.items():
-        if last > epoch:
-            rows.append((f"{letter}  {last} epochs", milestone_dir(runs / STAGES[letter], last)))
-    picture_rows([(label, folder / "samples.png") for label, folder in rows], assets / "ladder.png", ROW)
+def grids(assets: Path, letter: str) -> dict[int, Path]:
+    """What one stage has drawn, by epoch, in ascending order; always from the same noise."""
+    return {int(path.stem[-4:]): path for path in sorted((assets / "grids").glob(f"{STAGES[letter]}-*.png"))}
+
+
+def ladder(assets: Path) -> None:
+    """A row of pictures for each stage, after the most epochs that A and G both have; then for those that went further.
+
+    So the two ends of the chapter can always be compared, and between them the stages that have come as far.
+    """
+    drawn = {letter: grids(assets, letter) for letter in STAGES}
+    common = max(drawn["A"].keys() & drawn["G"].keys(), default=0)
+    rows = [(f"{letter}  {IDEAS[letter]}", drawn[letter][common]) for letter in STAGES if common in drawn[letter]]
+    for letter, by_epoch in drawn.items():
+        if max(by_epoch, default=0) > common:
+            rows.append((f"{letter}  {max(by_epoch)} epochs", by_epoch[max(by_epoch)]))
+    if rows:
+        picture_rows(rows, assets / "ladder.png")
 
 
 def samplers(folder: Path, assets: Path) -> None:
@@ -273,21 +291,21 @@ def samplers(folder: Path, assets: Path) -> None:
     save(figure, assets / "samplers.png")
 
 
-def progress(run_dir: Path, epochs: list[int], assets: Path) -> None:
-    """What one stage draws from the same noise, milestone by milestone, with its losses."""
-    losses = {row["epoch"]: row["held_out_loss"] for row in read_log(assets, "G")}
-    grids = {epoch: run_dir / "samples" / f"epoch-{epoch:04d}.png" for epoch in epochs}
-    rows = [(f"epoch {e}\nloss {losses[e]:.4f}", path) for e, path in grids.items() if path.exists()]
-    picture_rows(rows, assets / "progress.png")
+def progress(assets: Path) -> None:
+    """What G draws from the same noise, milestone by milestone, with its losses."""
+    if drawn := grids(assets, "G"):
+        losses = {row["epoch"]: row["held_out_loss"] for row in read_log(assets, "G")}
+        rows = [(f"epoch {e}\nloss {losses[e]:.4f}", path) for e, path in drawn.items() if e in losses]
+        picture_rows(rows, assets / "progress.png")
 
 
-def picture_rows(rows: list[tuple[str, Path]], path: Path, row: int = 0) -> None:
-    """For each (label, grid) the eight pictures of that row of the grid, three times as large."""
+def picture_rows(rows: list[tuple[str, Path]], path: Path) -> None:
+    """For each (label, grid) the eight pictures of row ROW of the grid, three times as large."""
     figure = Figure(figsize=(8, 0.9 * len(rows)), dpi=120)
     room = {"left": 0.2, "right": 1, "bottom": 0, "top": 1, "hspace": 0}  # for the labels, on the left
     for axes, (label, grid) in zip(figure.subplots(len(rows), squeeze=False, gridspec_kw=room)[:, 0], rows):
         with Image.open(grid) as image:
-            strip = image.crop((0, 34 * row, 274, 34 * row + 36))  # with the black lines around it
+            strip = image.crop((0, 34 * ROW, 274, 34 * ROW + 36))  # with the black lines around it
             axes.imshow(strip.resize((3 * strip.width, 3 * strip.height), Image.Resampling.NEAREST))
         axes.set(xticks=[], yticks=[], anchor="E")
         axes.set_ylabel(label, rotation=0, ha="right", va="center")

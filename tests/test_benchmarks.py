@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from common.run.loop import train
 from common.run.pictures import save_grid
 from common.run.trainer import Run
 from part_a_cifar import Model
+from tests.conftest import ROOT
 from tests.tiny_run import Tiny
 
 
@@ -102,6 +104,17 @@ def test_a_campaign_can_go_on_from_the_weights_that_come_with_the_project(tmp_pa
     path = tmp_path / "run" / "checkpoint.pt"
     train_chapter.begin_from_assets("A", path.parent)
     saved = checkpoint.load(path, "part_a_cifar")
+    (epoch,) = train_chapter.milestones(path.parent)
+    assert epoch == saved["progress"]["epoch"]
+    train_chapter.keep("A", path.parent, epoch)  # changes nothing
+    kept = train_chapter.milestone_dir(path.parent, epoch)
+    milestone = f"part_a_cifar-{epoch:04}"
+    for mine, published in (
+        ("checkpoint.pt", "weights/part_a_cifar.pt"),
+        ("eval.json", f"logs/{milestone}.json"),
+        ("samples.png", f"grids/{milestone}.png"),
+    ):
+        assert (kept / mine).read_bytes() == (ROOT / "assets" / published).read_bytes()
     options = RunOptions(**{**saved["training_options"], "epochs": 1000})
     run = Run("part_a_cifar", {}, Model(), options)
     run.restore(saved, path)
@@ -136,13 +149,24 @@ def test_the_report_fills_assets_from_the_runs(
         saved = checkpoint.load(assets / "weights" / f"{stage}.pt", stage, ema_only=True)
         assert saved["progress"]["epoch"] == 2
         assert len((assets / "logs" / f"{stage}.csv").read_text().splitlines()) == 3
-    for name in ("ladder", "progress", "samplers", "losses", "forward-noising"):
+    for name in ("samplers", "losses", "forward-noising"):
         with Image.open(assets / f"{name}.png") as image:
             image.load()
+    for name in ("ladder", "progress"):  # two rows: A and G after as many epochs, G after one and two
+        with Image.open(assets / f"{name}.png") as image:
+            assert image.size == (960, 216)
     assert str(tmp_path) not in (assets / "logs" / "part_a_cifar-0001.json").read_text()
     campaign.clear()
     run_chapter(monkeypatch, *words, "--report")
     assert campaign == []
+
+    shutil.rmtree(tmp_path / "runs")  # what is published stays comparable without the runs
+    run_chapter(monkeypatch, *words, "--from-assets", "--epochs", 3, "--stages", "D")
+    assert train_chapter.milestones(tmp_path / "runs" / "part_d_cifar_arch") == [1, 3]
+    run_chapter(monkeypatch, *words, "--report", "--stages", "D")
+    with Image.open(assets / "ladder.png") as image:
+        assert image.size == (960, 324)  # A and G after two epochs, D after three
+    assert len(campaign) == 3  # D trains, is tested and measured
 
 
 SAVES_WHEN_TOLD = """
