@@ -44,7 +44,7 @@ from common.run.options import positive_float, whole_number
 from common.run.shapes import draw_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
-MILESTONES = (1, 5, 20, 60, 80, 120)  # epochs after which the averaged weights are kept
+MILESTONES = (1, 5, 10, 20, 40, 60, 80, 100, 120)  # epochs after which the averaged weights are kept
 GRIDS = {"F": "part-f-cifar-aug-output.png", "G": "part-h-cifar-attn-output.png"}  # the others have the script's name
 IDEAS = dict(zip(STAGES, ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")))
 ROW = 5  # of the eight in a grid, counted from 0, to show: the one in which G draws most that can be named
