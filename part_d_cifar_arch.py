@@ -1,7 +1,8 @@
 """Part D: the shape of the DDPM network.
 
-Part C had two skip connections, one per level. Here the output of every encoder block is one, so that each decoder
-block sees what the encoder saw at its resolution. The blocks live in three lists, and the forward pass is two loops.
+Part C had two skip connections, one at each level but the lowest. Here the output of every encoder block is one, so
+that each decoder block sees what the encoder saw at its resolution. The blocks live in three lists, and the forward
+pass is two loops.
 
     python part_d_cifar_arch.py train    # means the same as
     python part_d_cifar_arch.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu

@@ -19,7 +19,7 @@ class TrainingOptions:
     epochs: int = 120
     batch_size: int = 128
     lr: float = 1e-3  # constant; DDPM's network of 36 million weights was trained with 2e-4
-    ema_decay: float = 0.9999  # an upper limit, which trainings of fewer than 90,000 steps do not reach
+    ema_decay: float = 0.9999  # an upper limit, which runs of fewer than 90,000 steps do not reach
     hflip: bool = False
     seed: int = 0
 
