@@ -26,11 +26,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image
 from torchvision.datasets import CIFAR10
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+except ModuleNotFoundError:
+    Figure = None  # type: ignore[assignment, misc]  # only --report draws
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -155,7 +159,13 @@ def run(command: list[str], deadline: float | None = None) -> int:
 
 
 def report(options: argparse.Namespace, assets: Path) -> None:
-    """Fills assets/ from the stages' runs, makes all pictures anew from it, and prints README's table of results."""
+    """Fills assets/ from the stages' runs, makes all pictures anew from it, and prints README's table of results.
+
+    Raises:
+        UserError: the package that draws is missing.
+    """
+    if Figure is None:
+        raise UserError("--report: this requires matplotlib; install it with: python -m pip install matplotlib")
     for name in ("weights", "logs", "grids"):
         (assets / name).mkdir(parents=True, exist_ok=True)
     for letter in options.stages:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -167,6 +168,18 @@ def test_the_report_fills_assets_from_the_runs(
     with Image.open(assets / "ladder.png") as image:
         assert image.size == (960, 324)  # A and G after two epochs, D after three
     assert len(campaign) == 3  # D trains, is tested and measured
+
+
+def test_only_the_report_requires_matplotlib(tmp_path: Path) -> None:
+    """Of an installation without requirements-dev.txt."""
+    start = "import sys; sys.modules['matplotlib'] = None; from benchmarks.train_chapter import main; main()"
+    words = ["--runs", str(tmp_path), "--stages", "A", "--epochs", "1", "--data-url", "nowhere"]
+    for more, told in ((["--report"], "requires matplotlib"), ([], "argument --data-url: must start with http")):
+        command = [sys.executable, "-c", start, *words, *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 SAVES_WHEN_TOLD = """
