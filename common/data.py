@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 
 
-def shuffled_batches(
-    images: Tensor, batch_size: int, seed: int, epoch: int, start: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch's batches, every image once, in an order that `seed` and `epoch` alone decide.
+def shuffled_batches(images: Tensor, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
+    """One epoch's batches (batch_size, ...), in an order that `seed` and `epoch` alone decide.
+
+    The last images of that order, too few for a batch, are left out; in every epoch they are others.
 
     Args:
-        images: (N, ...), on the device that trains.
-        start: how many images of that order have been used already, to go on in the middle.
-
-    Yields:
-        images (batch_size, ...) and the weight of each in the batch's mean loss, float32 (batch_size,), 1 in all. The
-        last batch is padded with copies of its first image, of weight 0, so that all have one shape.
+        images: (N, ...), on the device that trains; N is at least `batch_size`.
+        start: how many images of that order have been used already, to go on in the middle. Where what is left does
+            not fill a batch, because that was smaller before, there is one that takes in some of them again.
     """
+    if batch_size > len(images):
+        raise ValueError(f"batch_size: must be at most the number of images, {len(images)}; got {batch_size}")
     order = torch.randperm(len(images), generator=random_generator("cpu", seed, "order", epoch))
-    for index in order[start:].to(images.device).split(batch_size):
-        loss_weight = torch.full((batch_size,), 1 / len(index), device=images.device)
-        loss_weight[len(index) :] = 0
-        yield images[torch.cat([index, index[:1].expand(batch_size - len(index))])], loss_weight
+    start = min(start, len(images) - batch_size)
+    end = len(images) - (len(images) - start) % batch_size
+    for index in order[start:end].to(images.device).split(batch_size):
+        yield images[index]
 
 
 def random_hflip(images: Tensor) -> Tensor:

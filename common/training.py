@@ -51,17 +51,16 @@ class Trainer:
         """Algorithm 1 on uint8 images (N, 3, 32, 32), until the epochs are done; yields the mean loss of each step."""
         options, progress = self.options, self.progress
         while progress.epoch < options.epochs:
-            batches = shuffled_batches(images, options.batch_size, options.seed, progress.epoch, progress.seen)
-            for batch, loss_weight in batches:
+            for batch in shuffled_batches(images, options.batch_size, options.seed, progress.epoch, progress.seen):
                 seed_everything(random_seed(options.seed, "step", progress.step))  # a resumed training draws the same
                 x0 = self.augment(batch)
                 t = torch.randint(self.schedule.steps, (len(x0),), device=self.device)
                 noise = torch.randn_like(x0)
-                loss = self.gradient_step(x0, t, noise, loss_weight)
+                loss = self.gradient_step(x0, t, noise)
                 self.ema.update(progress.step)
                 progress.step += 1
                 progress.seen += len(batch)
-                if progress.seen >= len(images):
+                if progress.seen + options.batch_size > len(images):  # too few are left for a batch
                     progress.epoch, progress.seen = progress.epoch + 1, 0
                 yield loss  # with everything counted: a training that is saved here goes on from here
 
@@ -70,9 +69,9 @@ class Trainer:
         x0 = to_float(images)
         return random_hflip(x0) if self.options.hflip else x0
 
-    def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor, loss_weight: Tensor) -> Tensor:
-        """One step down the gradient of the mean loss, in which image i counts `loss_weight[i]`. Returns that mean."""
-        loss = (diffusion_loss(self.predict_noise, self.schedule, x0, t, noise) * loss_weight).sum()
+    def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """One step down the gradient of the batch's mean loss, which it returns."""
+        loss = diffusion_loss(self.predict_noise, self.schedule, x0, t, noise).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -39,7 +39,7 @@ def campaign(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) ->
         calls.append([name, what, *words])
         if what == "train":
             folder, epochs = Path(words[words.index("--run-dir") + 1]), int(words[words.index("--epochs") + 1])
-            trainer = Run(name, {}, Tiny(), RunOptions(epochs=epochs, batch_size=44))
+            trainer = Run(name, {}, Tiny(), RunOptions(epochs=epochs, batch_size=50))
             if (folder / "checkpoint.pt").exists():
                 trainer.restore(checkpoint.load(folder / "checkpoint.pt", name), folder / "checkpoint.pt")
             train(trainer, images, images[:2], folder, sample_every=0)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import pickle
 import shutil
 import tarfile
@@ -141,22 +142,24 @@ def test_cifar10_comes_from_another_address(
     assert torch.equal(downloaded, load_images("cifar10", cifar10_dir, train=False))
 
 
-def test_an_epoch_holds_every_image_once(images: Tensor) -> None:
-    batches = list(shuffled_batches(images, 16, seed=0, epoch=0))
-    assert [len(batch) for batch, _ in batches] == [16, 16, 16]
-    for count, (_, weight) in zip((16, 16, 12), batches):
-        assert weight.tolist() == pytest.approx(count * [1 / count] + (16 - count) * [0.0])
-    seen = [image.numpy().tobytes() for image in in_order(images, 16, epoch=0)]
-    assert len(seen) == 44
-    assert set(seen) == {image.numpy().tobytes() for image in images}
-    filler = batches[2][0][12:]
-    assert torch.equal(filler, batches[2][0][:1].expand_as(filler))
+@pytest.mark.parametrize("batch_size", [1, 4, 16, 50])
+def test_an_epoch_is_full_batches_of_images_that_come_once(batch_size: int, images: Tensor) -> None:
+    """Those that are left out are others in every epoch."""
+    every = {image.numpy().tobytes() for image in images}
+    left_out = []
+    for epoch in range(3):
+        batches = list(shuffled_batches(images, batch_size, seed=0, epoch=epoch))
+        assert [len(batch) for batch in batches] == 50 // batch_size * [batch_size]
+        seen = {image.numpy().tobytes() for batch in batches for image in batch}
+        assert len(seen) == 50 // batch_size * batch_size
+        assert seen <= every
+        left_out.append(every - seen)
+    assert all(a != b for a, b in itertools.pairwise(left_out)) or 50 % batch_size == 0
 
 
 def in_order(images: Tensor, batch_size: int, epoch: int, seed: int = 0, start: int = 0) -> Tensor:
-    """The images that count, in the order of an epoch."""
-    batches = shuffled_batches(images, batch_size, seed, epoch, start)
-    return torch.cat([batch[weight > 0] for batch, weight in batches])
+    """The images in the order of an epoch."""
+    return torch.cat(list(shuffled_batches(images, batch_size, seed, epoch, start)))
 
 
 def test_order_depends_on_seed_and_epoch_alone(images: Tensor) -> None:
@@ -171,8 +174,18 @@ def test_order_depends_on_seed_and_epoch_alone(images: Tensor) -> None:
 
 
 def test_an_epoch_goes_on_in_the_middle(images: Tensor) -> None:
-    whole, rest = in_order(images, 16, epoch=3), in_order(images, 5, epoch=3, start=16)
-    assert torch.equal(rest, whole[16:])
+    whole, rest = in_order(images, 1, epoch=3), in_order(images, 5, epoch=3, start=16)
+    assert torch.equal(rest, whole[16:46])
+
+
+def test_an_epoch_whose_rest_does_not_fill_a_larger_batch_ends_with_one_all_the_same(images: Tensor) -> None:
+    whole, rest = in_order(images, 1, epoch=3), in_order(images, 16, epoch=3, start=40)
+    assert torch.equal(rest, whole[-16:])
+
+
+def test_a_batch_larger_than_the_data_set_is_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="batch_size: must be at most the number of images, 50; got 51"):
+        next(shuffled_batches(images, 51, seed=0, epoch=0))
 
 
 def test_each_image_is_flipped_by_a_coin_of_its_own() -> None:

@@ -233,7 +233,7 @@ def test_where_stderr_is_no_terminal_a_line_tells_now_and_then_how_far_it_is(
     monkeypatch.setattr("common.run.report.LINE_EVERY", 0)
     images = tiny_run.make_images()
     train(tiny_run.make_trainer(epochs=2), images, images, tmp_path, sample_every=0)
-    line = r"^epoch (\d)/2: (\d+) of 44 images, train loss \d\.\d+, \d+ images/s, \d\d:\d\d left$"
+    line = r"^epoch (\d)/2: (\d+) of 50 images, train loss \d\.\d+, \d+ images/s, \d\d:\d\d left$"
     lines = re.findall(line, capsys.readouterr().err, re.MULTILINE)
     assert lines == [("1", "16"), ("1", "32"), ("2", "16"), ("2", "32")]
 
@@ -480,10 +480,10 @@ def test_what_another_program_has_left_in_the_environment_is_named(environment: 
 @pytest.mark.parametrize(
     ("images", "found"),
     [
-        (torch.rand(44, 3, 32, 32), "float32 (44, 3, 32, 32)"),
-        (torch.zeros(44, 3, 28, 28, dtype=torch.uint8), "uint8 (44, 3, 28, 28)"),
+        (torch.rand(50, 3, 32, 32), "float32 (50, 3, 32, 32)"),
+        (torch.zeros(50, 3, 28, 28, dtype=torch.uint8), "uint8 (50, 3, 28, 28)"),
         (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "uint8 (0, 3, 32, 32)"),
-        (torch.zeros(44, 32, 32, 3, dtype=torch.uint8), "uint8 (44, 32, 32, 3)"),
+        (torch.zeros(50, 32, 32, 3, dtype=torch.uint8), "uint8 (50, 32, 32, 3)"),
     ],
 )
 def test_images_that_are_none_are_told_before_training(images: torch.Tensor, found: str, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Tiny(nn.Module):
 
 
 def make_images() -> Tensor:
-    return torch.randint(256, (44, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def make_trainer(precision: str = "fp32", **options: Any) -> Run:

@@ -92,11 +92,12 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Makes the gradients of every rank the sum of all ranks', in one message."""
+def average_gradients(model: nn.Module) -> None:
+    """Makes the gradients of every rank the mean of all ranks', in one message."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     total = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(total)
+    total /= WORLD_SIZE
     for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
         gradient.copy_(part.view_as(gradient))
 

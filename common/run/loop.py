@@ -75,7 +75,7 @@ def train(
                 run.check()
             progress.seconds += time.perf_counter() - started
             if epoch_is_complete:
-                run.log_epoch(len(images), run.held_out_loss(draws))
+                run.log_epoch(run.held_out_loss(draws))
 
             if is_first and (is_over or is_due):
                 checkpoint.save(run_dir / "checkpoint.pt", run.checkpoint())

@@ -38,7 +38,8 @@ class Reporter:
         self.sample_every = sample_every
         self.total = run.options.epochs * len(images)
         if max_steps is not None:
-            self.total = min(self.total, max_steps * run.options.batch_size)
+            epochs, steps = divmod(max_steps, len(images) // run.options.batch_size)
+            self.total = min(self.total, epochs * len(images) + steps * run.options.batch_size)
         hide = distributed.hides_bars()
         self.bar = tqdm(total=self.total, initial=self._seen(), unit=" images", disable=hide)
         self.shown = time.perf_counter()
@@ -102,9 +103,9 @@ class Reporter:
     def _save_data_grid(self) -> None:
         """Writes training images as the model sees them."""
         seed = self.run.options.seed
-        batch, loss_weight = next(shuffled_batches(self.images, GRID_IMAGES, seed, epoch=0))
+        batch = next(shuffled_batches(self.images, min(GRID_IMAGES, len(self.images)), seed, epoch=0))
         torch.manual_seed(random_seed(seed, "data grid", 0))
-        save_grid(to_uint8(self.run.augment(batch[loss_weight > 0])).cpu(), self.run_dir / "samples" / "data.png")
+        save_grid(to_uint8(self.run.augment(batch)).cpu(), self.run_dir / "samples" / "data.png")
 
     def is_grid_due(self) -> bool:
         """Whether a grid of samples belongs to the epoch that is complete."""

@@ -21,8 +21,8 @@ from common.training import Trainer
 class Run(Trainer):
     """A Trainer that uses the machine, and all that has to be saved for it to go on.
 
-    Of several processes, each has a Run. They draw the same numbers, take a share of each batch each, and add up their
-    gradients, so that their weights stay the same.
+    Of several processes, each has a Run. They draw the same numbers, take a share of each batch each, and average
+    their gradients, so that their weights stay the same.
 
     Args:
         stage: name of the script, for the checkpoint.
@@ -48,6 +48,7 @@ class Run(Trainer):
         self._state_names = model.state_dict().keys()
         # These are read rarely: each reading makes a GPU wait.
         self._loss_sum = torch.zeros((), device=self.device)  # of the images seen in the epoch under way
+        self._loss_count = torch.zeros((), dtype=torch.int64, device=self.device)  # how many these are
         self._all_finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._finite_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # before the first that was not
         self.optimizer.register_step_pre_hook(lambda *arguments: self._prepare_gradients())
@@ -58,15 +59,16 @@ class Run(Trainer):
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
             self.gradient_step = GraphedFunction(self.gradient_step)  # type: ignore[method-assign, assignment]
 
-    def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor, loss_weight: Tensor) -> Tensor:
+    def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As Trainer.gradient_step, of this rank's share of the batch; adds up losses, notes whether all is finite."""
-        mine = (x.chunk(distributed.WORLD_SIZE)[distributed.RANK] for x in (x0, t, noise, loss_weight))
-        loss = distributed.sum_over_ranks(super().gradient_step(*mine))
+        mine = (x.chunk(distributed.WORLD_SIZE)[distributed.RANK] for x in (x0, t, noise))
+        loss = distributed.sum_over_ranks(super().gradient_step(*mine)) / distributed.WORLD_SIZE
         if distributed.WORLD_SIZE > 1:
             distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
         self._all_finite &= loss.isfinite()
         self._finite_steps += self._all_finite
-        self._loss_sum += loss * (loss_weight > 0).sum()
+        self._loss_sum += loss * len(x0)
+        self._loss_count += len(x0)
         return loss
 
     def _scale_gradients(self) -> GradScaler:
@@ -94,7 +96,7 @@ class Run(Trainer):
     def _prepare_gradients(self) -> None:
         """What has to be done to the gradients before the optimiser takes them, and known of them."""
         if distributed.WORLD_SIZE > 1:
-            distributed.sum_gradients(self.model)  # before all else: what does not fit fp16 on one rank, all skip
+            distributed.average_gradients(self.model)  # before all else: what does not fit fp16 on one rank, all skip
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         gradient_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -135,7 +137,7 @@ class Run(Trainer):
 
     def mean_loss(self) -> float:
         """Mean loss of the images seen in the epoch under way."""
-        return self._loss_sum.item() / self.progress.seen
+        return (self._loss_sum / self._loss_count).item()
 
     @torch.no_grad()
     def held_out_loss(self, draws: list[tuple[Tensor, Tensor, Tensor]]) -> float:
@@ -156,14 +158,15 @@ class Run(Trainer):
             raise UserError("the averaged weights' held-out loss is not finite; try --precision fp32")
         return loss_sum / count
 
-    def log_epoch(self, num_images: int, held_out_loss: float) -> None:
+    def log_epoch(self, held_out_loss: float) -> None:
         """Adds the row of the epoch that is complete to the log, and makes ready for the next one."""
         progress = self.progress
-        losses = (round(self._loss_sum.item() / num_images, 6), round(held_out_loss, 6))
-        speed = (round(num_images / progress.seconds, 1), round(progress.seconds, 2))
+        losses = (round(self.mean_loss(), 6), round(held_out_loss, 6))
+        speed = (round(self._loss_count.item() / progress.seconds, 1), round(progress.seconds, 2))
         progress.log.append(dict(zip(LOG_COLUMNS, (progress.epoch, progress.step, *losses, *speed))))
         progress.seconds = 0.0
         self._loss_sum.zero_()
+        self._loss_count.zero_()
 
     def checkpoint(self) -> Checkpoint:
         """All that `restore` needs, and the stage's model options, from which the model can be built again."""
@@ -194,6 +197,7 @@ class Run(Trainer):
         """
         self.progress = RunProgress(**saved["progress"])
         self._loss_sum.fill_(self.progress.loss_sum)
+        self._loss_count.fill_(self.progress.seen)
         self._finite_steps.fill_(self.progress.step)
         checkpoint.load_weights(self.model, saved["model"], path)
         checkpoint.load_weights(self.ema.module, saved["ema"], path)
