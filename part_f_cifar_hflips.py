@@ -1,7 +1,7 @@
 r"""Part F: random horizontal flips.
 
-Part E's network, trained on images that are flipped left-right by chance, each by a coin of its own: a mirrored horse
-is a horse, so the 50,000 images become 100,000.
+Part E's network, trained on images each of which is flipped left-right with probability 1/2: a mirrored horse is a
+horse, so the 50,000 images become 100,000.
 
     python part_f_cifar_hflips.py train --hflip    # means the same as
     python part_f_cifar_hflips.py train --batch-size 128 --lr 1e-3 --epochs 120 \

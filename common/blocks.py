@@ -26,9 +26,9 @@ def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
 def group_norm(channels: int, norm_groups: int | None = None) -> nn.GroupNorm:
     """GroupNorm; by default with at least four channels to a group, and at most 32 groups.
 
-    32 groups are DDPM's (arXiv:2006.11239), whose narrowest level has 128 channels. For fewer channels EDM's code
-    (arXiv:2206.00364) has the lower limit. With one channel to a group, the norm would take each channel's mean
-    away, and with it the colour, or the time step that ResnetBlock has just added.
+    32 groups are DDPM's (arXiv:2006.11239), whose narrowest level has 128 channels. The lower limit is that of EDM's
+    code (arXiv:2206.00364). With one channel to a group, the norm would take each channel's mean away, and with it the
+    colour, or the time step that ResnetBlock has just added.
     """
     groups = min(32, channels // 4) if norm_groups is None else norm_groups
     if groups < 1 or channels % groups:

@@ -15,8 +15,8 @@ def shuffled_batches(images: Tensor, batch_size: int, seed: int, epoch: int, sta
 
     Args:
         images: (N, ...), on the device that trains; N is at least `batch_size`.
-        start: how many images of that order have been used already, to go on in the middle. Where what is left does
-            not fill a batch, because that was smaller before, there is one that takes in some of them again.
+        start: how many images of that order have been used already, to go on in the middle. If too few are left for a
+            batch, because the batch size has grown, one batch repeats some of them.
     """
     if batch_size > len(images):
         raise ValueError(f"batch_size: must be at most the number of images, {len(images)}; got {batch_size}")
@@ -28,7 +28,7 @@ def shuffled_batches(images: Tensor, batch_size: int, seed: int, epoch: int, sta
 
 
 def random_hflip(images: Tensor) -> Tensor:
-    """Flips images (B, C, H, W) left-right with probability 1/2, each by a coin of its own."""
+    """Flips each of the images (B, C, H, W) left-right with probability 1/2, independently of the others."""
     coins = torch.rand(len(images), 1, 1, 1, device=images.device)
     return torch.where(coins < 0.5, images.flip(-1), images)
 

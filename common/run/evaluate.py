@@ -138,7 +138,7 @@ def new_fid(device: torch.device, feature: Any = 2048) -> Any:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
-        raise UserError(f"argument --fid: this takes the package torchmetrics; {install}") from error
+        raise UserError(f"argument --fid: this requires the package torchmetrics; {install}") from error
     try:
         metric = FrechetInceptionDistance(feature, sync_on_compute=False)
     except ModuleNotFoundError as error:

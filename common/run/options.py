@@ -270,7 +270,7 @@ def _add_eval_options(group: OptionGroup) -> None:
     add, images = group.add_argument, whole_number(2, HELD_OUT_IMAGES)
     bits = "held-out images whose bits per dimension are measured, at most; the loss is measured on all"
     exact = "sum up all 999 KL terms of the bound for each image, instead of estimating their sum from 10"
-    fid = 'Frechet inception distance of N samples; takes "torchmetrics[image]" (default: not measured)'
+    fid = 'Frechet inception distance of N samples; requires "torchmetrics[image]" (default: not measured)'
     add("--output", type=path, help="JSON file to write (default: eval.json beside the checkpoint)")
     add("--num-images", type=images, default=1000, help=bits)
     add("--exact", action="store_true", help=exact)

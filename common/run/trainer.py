@@ -94,7 +94,7 @@ class Run(Trainer):
         return scaler
 
     def _prepare_gradients(self) -> None:
-        """What has to be done to the gradients before the optimiser takes them, and known of them."""
+        """Makes the gradients ready for the optimiser, and notes whether they are finite."""
         if distributed.WORLD_SIZE > 1:
             distributed.average_gradients(self.model)  # before all else: what does not fit fp16 on one rank, all skip
         if self.scaler:
