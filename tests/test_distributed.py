@@ -144,15 +144,15 @@ def test_a_parameter_without_gradient_is_no_trouble_for_several_processes(tmp_pa
     assert checkpoint.load(tmp_path / "checkpoint.pt", "part_h")["progress"]["step"] == 2
 
 
-OWN_IMAGES = """
+LOAD = """
 import hashlib, sys
 from pathlib import Path
 from common.run import distributed
 from common.run.datasets import load_images
 distributed.start()
-place = sys.argv[1] if distributed.RANK == 0 else "not on this machine"
+place = sys.argv[1] if distributed.RANK == 0 or sys.argv[1] == "shapes" else "not on this machine"
 for train in (True, False):
-    images = load_images(place, Path("data"), train=train)
+    images = load_images(place, Path(sys.argv[2]), train=train)
     print(tuple(images.shape), hashlib.sha256(images.numpy().tobytes()).hexdigest())
 distributed.stop()
 """
@@ -161,10 +161,16 @@ distributed.stop()
 def test_own_images_are_read_once_and_are_the_same_on_every_rank(tmp_path: Path) -> None:
     pixels = np.random.RandomState(0).randint(0, 256, (250, 32, 32, 3)).astype(np.uint8)
     np.save(tmp_path / "a.npy", pixels)
-    (status, first, error), *others = run(2, "-c", OWN_IMAGES, tmp_path / "a.npy")
+    (status, first, error), *others = run(2, "-c", LOAD, tmp_path / "a.npy", tmp_path)
     assert (status, error) == (0, "")
     assert "(150, 3, 32, 32)" in first
     assert others == [(0, first, "")]
+
+
+def test_ranks_that_read_a_data_set_together_do_not_warn_of_each_other(tmp_path: Path, shapes_dir: Path) -> None:
+    for status, output, error in run(3, "-c", LOAD, "shapes", shapes_dir):
+        assert status == 0, output
+        assert "warning" not in error
 
 
 def test_own_images_that_are_not_there_end_all_ranks(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import http.client
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +40,8 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
     """
     if dataset not in DATASETS:
         return distributed.on_first(lambda: torch.from_numpy(load_own_images(dataset, train)))
-    with distributed.first_of_machine_first(), one_at_a_time(data_dir):
+    is_first = distributed.LOCAL_RANK == 0  # the others find it done
+    with distributed.first_of_machine_first(), one_at_a_time(data_dir) if is_first else nullcontext():
         if dataset == "cifar10":
             images = _load_cifar10(data_dir, train, data_url)
         else:
