@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common.run.errors import UsageError, UserError, drop_what_nobody_takes, warn
 
+K = TypeVar("K", int, tuple[int, int])
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
@@ -123,13 +124,13 @@ def on_first(function: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def gather(value: T) -> list[T]:
-    """All ranks' values in the order of ranks, on every rank."""
-    if WORLD_SIZE == 1:
-        return [value]
-    values: list[T] = [value] * WORLD_SIZE
-    dist.all_gather_object(values, value)
-    return values
+def merged(parts: dict[K, T]) -> dict[K, T]:
+    """The parts of all ranks together, in the order of their keys, on every rank."""
+    everyone = [parts] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(everyone, parts)
+    together = {key: part for parts in everyone for key, part in parts.items()}
+    return {key: together[key] for key in sorted(together)}
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def maximum(value: int) -> int:
 
 @contextmanager
 def first_of_machine_first() -> Iterator[None]:
-    """What is within, the first process of each machine does alone; then the others do it, finding it done."""
+    """The first process of each machine runs the block alone; then the others run it, and find the work done."""
     if LOCAL_RANK > 0:
         maximum(0)  # waits for all
     yield

@@ -200,13 +200,11 @@ def _block_by_block(
     starts = range(0, num_images, HELD_OUT_BLOCK)[distributed.RANK :: distributed.WORLD_SIZE]
     total = sum(min(HELD_OUT_BLOCK, num_images - start) for start in starts) * passes
     hide = distributed.hides_bars()
-    with torch.no_grad(), tqdm(total=total, desc=description, unit=" images", disable=hide) as bar:
+    with torch.no_grad(), tqdm(total=total, desc=description, unit=" images", disable=hide, leave=None) as bar:
 
         def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
             bar.update(len(xt))
             return model(xt, t)
 
         values = {start: values_of_block(predict_noise, start).cpu().double() for start in starts}
-    for others in distributed.gather(values):
-        values |= others
-    return torch.cat([values[start] for start in sorted(values)])
+    return torch.cat([*distributed.merged(values).values()])

@@ -74,10 +74,7 @@ def sample_images(
             for step, xt in enumerate(itertools.chain([noise], states)):
                 watch(start, step, xt)
             chunks[start] = to_uint8(xt).cpu()
-    if spread:
-        for others in distributed.gather(chunks):
-            chunks |= others
-    return torch.cat([chunks[start] for start in sorted(chunks)])
+    return torch.cat([*(distributed.merged(chunks) if spread else chunks).values()])
 
 
 @contextmanager
@@ -114,8 +111,8 @@ class Film:
 
     def frames(self) -> list[Tensor]:
         """uint8 (num_images, 3, 32, 32) for each moment; with several processes, all must call this."""
-        states = {key: images for others in distributed.gather(self.states) for key, images in others.items()}
-        return [torch.cat([states[key] for key in sorted(states) if key[0] == moment]) for moment in self.moments]
+        states = distributed.merged(self.states)
+        return [torch.cat([states[key] for key in states if key[0] == moment]) for moment in self.moments]
 
 
 def save_film(frames: list[Tensor], path: Path) -> None:
