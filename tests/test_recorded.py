@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import part_a_cifar
 import part_g_cifar
 from common.diffusion import NoiseSchedule
-from common.likelihood import held_out_draws
 from common.run import device
 from common.run.checkpoint import RunOptions
 from common.run.device import GraphedFunction, autocast, in_precision, noise_predictor
+from common.run.evaluate import measure_losses
 from common.run.pictures import sample_images
 from common.run.trainer import Run
 from tests import fake_graph, tiny_run
@@ -48,7 +48,6 @@ def recorded(run: Run) -> GraphedFunction:
 def test_recorded_training_and_held_out_losses_are_the_plain_ones(stage: str, precision: str, images: Tensor) -> None:
     torch.manual_seed(0)
     model = STAGES[stage]()
-    held_out = held_out_draws(images[:10], 0, NoiseSchedule())
     results = []
     for is_recorded in (False, True):
         run = Run(stage, {}, copy.deepcopy(model), RunOptions(epochs=2, batch_size=8, hflip=True), precision)
@@ -58,7 +57,8 @@ def test_recorded_training_and_held_out_losses_are_the_plain_ones(stage: str, pr
             run.predict_averaged = in_precision(run.ema.module, precision)
         losses = [loss.clone() for loss in run.steps(images)]
         run.check()
-        results.append((torch.stack(losses), [run.held_out_loss([held_out]) for _ in range(6)], run.checkpoint()))
+        held_out = [measure_losses(run.predict_averaged, run.schedule, images[:10]).tolist() for _ in range(6)]
+        results.append((torch.stack(losses), held_out, run.checkpoint()))
     plain, replayed = results
     assert torch.equal(plain[0], replayed[0])
     assert plain[1] == replayed[1]

@@ -10,10 +10,10 @@ from types import FrameType
 
 from torch import Tensor
 
-from common.likelihood import HELD_OUT_BLOCK, held_out_draws
 from common.run import checkpoint, distributed
 from common.run.datasets import check_images
 from common.run.errors import UserError
+from common.run.evaluate import measure_losses
 from common.run.report import Reporter
 from common.run.trainer import Run
 
@@ -55,8 +55,6 @@ def train(
         raise UserError(f"training images: {len(images)}, of which the run has seen {progress.seen} in this epoch")
     is_first = distributed.RANK == 0
     held_out = held_out[:LOG_HELD_OUT_IMAGES]
-    blocks = range(0, len(held_out), HELD_OUT_BLOCK)[distributed.RANK :: distributed.WORLD_SIZE]
-    draws = [held_out_draws(held_out, start, run.schedule) for start in blocks]
     reporter = Reporter(run, images, run_dir, sample_every, max_steps)
     if is_first:
         reporter.begin()
@@ -75,7 +73,7 @@ def train(
                 run.check()
             progress.seconds += time.perf_counter() - started
             if epoch_is_complete:
-                run.log_epoch(run.held_out_loss(draws))
+                run.log_epoch(measure_losses(run.predict_averaged, run.schedule, held_out).mean().item())
 
             if is_first and (is_over or is_due):
                 checkpoint.save(run_dir / "checkpoint.pt", run.checkpoint())

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from common.diffusion import diffusion_loss
 from common.run import checkpoint, distributed
 from common.run.checkpoint import LOG_COLUMNS, Checkpoint, RunOptions, RunProgress
 from common.run.device import GraphedFunction, in_precision, noise_predictor
@@ -72,7 +71,7 @@ class Run(Trainer):
         return loss
 
     def _scale_gradients(self) -> GradScaler:
-        """Has the backward pass work on gradients times a factor, for fp16 has no numbers as small as they can be.
+        """Scales the gradients of the backward pass by a factor, for the smallest of them underflow in fp16.
 
         The factor adapts (arXiv:1710.03740, section 3.2): a step whose gradients overflow is skipped, and halves it;
         after 2,000 others it doubles. All of that is computed on the device, so that nothing waits for a GPU.
@@ -139,27 +138,14 @@ class Run(Trainer):
         """Mean loss of the images seen in the epoch under way."""
         return (self._loss_sum / self._loss_count).item()
 
-    @torch.no_grad()
-    def held_out_loss(self, draws: list[tuple[Tensor, Tensor, Tensor]]) -> float:
-        """Mean loss of the averaged weights.
-
-        Args:
-            draws: x0, t and noise, block by block; with several processes, each has blocks of its own.
+    def log_epoch(self, held_out_loss: float) -> None:
+        """Adds the row of the epoch that is complete to the log, and makes ready for the next one.
 
         Raises:
-            UserError: it is not finite, although the weights are.
+            UserError: the averaged weights' held-out loss is not finite, although the weights are.
         """
-        total = torch.zeros(2, device=self.device)
-        for x0, t, noise in draws:
-            loss = diffusion_loss(self.predict_averaged, self.schedule, x0, t, noise)
-            total += torch.stack([loss.sum(), loss.new_tensor(len(loss))])
-        loss_sum, count = distributed.sum_over_ranks(total).tolist()
-        if not math.isfinite(loss_sum):
+        if not math.isfinite(held_out_loss):
             raise UserError("the averaged weights' held-out loss is not finite; try --precision fp32")
-        return loss_sum / count
-
-    def log_epoch(self, held_out_loss: float) -> None:
-        """Adds the row of the epoch that is complete to the log, and makes ready for the next one."""
         progress = self.progress
         losses = (round(self.mean_loss(), 6), round(held_out_loss, 6))
         speed = (round(self._loss_count.item() / progress.seconds, 1), round(progress.seconds, 2))
