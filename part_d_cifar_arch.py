@@ -1,6 +1,6 @@
 """Part D: the shape of the DDPM network.
 
-Part C had two skip connections, one at each level but the lowest. Here the output of every encoder block is one, so
+Part C had two skip connections, one at each level but the lowest. Here every encoder block's output becomes one, so
 that each decoder block sees what the encoder saw at its resolution. The blocks live in three lists, and the forward
 pass is two loops.
 

@@ -15,7 +15,7 @@ def shuffled_batches(images: Tensor, batch_size: int, seed: int, epoch: int, sta
 
     Args:
         images: (N, ...), on the device that trains; N is at least `batch_size`.
-        start: how many images of that order have been used already, to go on in the middle. If too few are left for a
+        start: how many images of that order have been used already, to resume mid-epoch. If too few are left for a
             batch, because the batch size has grown, one batch repeats some of them.
     """
     if batch_size > len(images):

@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
 
 
 def repeated(images: Tensor, steps: int) -> Tensor:
-    """Held-out images (N, ...), in turn, up to the first multiple of `steps` that is N or more, at least twice `steps`.
+    """Held-out images (N, ...), cycled to the first multiple of `steps` that is at least N and twice `steps`.
 
     So each time step is met equally often, at least twice.
     """

@@ -62,7 +62,7 @@ class Trainer:
                 progress.seen += len(batch)
                 if progress.seen + options.batch_size > len(images):  # too few are left for a batch
                     progress.epoch, progress.seen = progress.epoch + 1, 0
-                yield loss  # with everything counted: a training that is saved here goes on from here
+                yield loss  # everything is counted: a training that is saved here resumes from here
 
     def augment(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, 32, 32) as the model is to see them: float32 in [-1, 1], flipped by chance."""

@@ -66,7 +66,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: it cannot be written, or `load` would refuse it.
     """
-    _write(path, pack(path, checkpoint))
+    packed = pack(path, checkpoint)
+    with atomic_write(path) as file:
+        file.write(packed.getbuffer())
 
 
 def pack(path: Path, checkpoint: Checkpoint) -> io.BytesIO:
@@ -87,7 +89,8 @@ def save_weights(path: Path, checkpoint: Checkpoint) -> None:
     """Writes what drawing from the averaged weights takes, and no more, in half precision."""
     half = {name: weight.half() if weight.is_floating_point() else weight for name, weight in checkpoint["ema"].items()}
     part = {key: value for key, value in checkpoint.items() if key in EMA_ONLY}
-    _write(path, _packed({**part, "ema": half}))
+    with atomic_write(path) as file:
+        file.write(_packed({**part, "ema": half}).getbuffer())
 
 
 def _packed(contents: Any) -> io.BytesIO:
@@ -95,11 +98,6 @@ def _packed(contents: Any) -> io.BytesIO:
     torch.save(contents, packed)  # not straight to the disk: of a full one torch.save does not say that it is full
     packed.seek(0)
     return packed
-
-
-def _write(path: Path, packed: io.BytesIO) -> None:
-    with atomic_write(path) as file:
-        file.write(packed.getbuffer())
 
 
 def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:

@@ -20,7 +20,7 @@ class UsageError(UserError):
 
 @contextmanager
 def only_telling() -> Iterator[None]:
-    """What is within tells of work that is done and saved, so that no failure of it ends a run; a warning names it."""
+    """For a block that only tells of work that is done and saved: its failure is a warning, and never ends a run."""
     try:
         yield
     except Exception as error:  # of a log or a picture, there is no end of what can go wrong
@@ -57,7 +57,7 @@ def say(message: str) -> None:
 
 
 def drop_what_nobody_takes() -> None:
-    """Call this in the end: what stdout or stderr still hold and cannot write would make Python's exit status 120."""
+    """Call this last: what stdout and stderr still hold and cannot write would make Python exit with status 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MARK = ".run.lock"  # where it is, a run was begun, and what has the names of RUN_FILES is ours
+MARK = ".run.lock"  # where it lies, a run was begun, and files named as in RUN_FILES are ours
 SAMPLE_NAME = re.compile(r"data|epoch-\d{4,}")
 RUN_FILES = ("checkpoint.pt", "log.csv", "samples.png", "eval.json", "samples")
 

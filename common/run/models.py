@@ -22,7 +22,7 @@ MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these 
 
 
 class _SizeLimit(TorchFunctionMode):
-    """Ends what makes more empty tensors, which parameters are at first, than anybody means."""
+    """Stops a model that makes more parameters (empty tensors at first) than anybody intends."""
 
     size = 0
 
