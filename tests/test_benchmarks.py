@@ -116,7 +116,7 @@ def test_a_campaign_can_go_on_from_the_weights_that_come_with_the_project(tmp_pa
         ("samples.png", f"grids/{milestone}.png"),
     ):
         assert (kept / mine).read_bytes() == (ROOT / "assets" / published).read_bytes()
-    options = RunOptions(**{**saved["training_options"], "epochs": 1000})
+    options = RunOptions(**{**saved["training_options"], "batch_size": len(images), "epochs": 1000})
     run = Run("part_a_cifar", {}, Model(), options)
     run.restore(saved, path)
     assert run.progress.epoch == len(run.progress.log) >= 5
