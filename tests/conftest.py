@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.run.cli import main
+from common.run.device import pick_precision
 from common.run.options import Stage
 
 # What is promised bit for bit is promised for the CPU, and several processes need no GPU each there. test_device.py
@@ -25,6 +26,10 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # test files run side by side: one core for each, and for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+needs_bf16 = pytest.mark.skipif(
+    pick_precision("auto", torch.device("cpu")) != "bf16", reason="takes minutes without bf16 instructions"
+)
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -216,12 +217,14 @@ def test_what_is_wrong_in_a_checkpoint_is_not_blamed_on_the_command_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_eval_into_a_full_device_keeps_its_numbers(tmp_path: Path, short: tuple[object, ...]) -> None:
+def test_eval_into_a_full_device_keeps_its_numbers(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
-    data = short[short.index("--data-dir") + 1]
-    words = [sys.executable, f"{A}.py", "eval", "--run-dir", tmp_path / "run", "--data-dir", data, "--num-images", "2"]
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(256, size=(20, 32, 32, 3), dtype=np.uint8))
+    common = ("--dataset", tmp_path / "images.npy", "--run-dir", tmp_path / "run")
+    training = ("--batch-size", 2, "--max-steps", 1, "--sample-every", 0)
+    assert run_stage(A, "train", *common, *training, "--device", "cpu") == 0
+    words = [sys.executable, f"{A}.py", "eval", *common]
     done = subprocess.run(f"{shlex.join(map(str, words))} >/dev/full", shell=True, cwd=ROOT)
     assert done.returncode == 0
     assert (tmp_path / "run" / "eval.json").exists()

@@ -19,14 +19,13 @@ from common.diffusion import NoiseSchedule, diffusion_loss
 from common.likelihood import held_out_draws
 from common.run import checkpoint
 from common.run.checkpoint import RunOptions
-from common.run.device import pick_precision
 from common.run.errors import UserError
 from common.run.evaluate import measure_losses
 from common.run.loop import train
 from common.run.trainer import Run
 from common.training import AveragedWeights, Trainer, TrainingOptions
 from tests import tiny_run
-from tests.conftest import ROOT, STAGES, mind_signals, run_stage, wait_for_checkpoint
+from tests.conftest import ROOT, STAGES, mind_signals, needs_bf16, run_stage, wait_for_checkpoint
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 50 images: 3 steps an epoch, 9 in all
 
@@ -260,16 +259,8 @@ def test_averaging_turned_off_leaves_the_weights_themselves(images: Tensor, tmp_
     assert_same(dict(saved["ema"]), dict(saved["model"]))
 
 
-NO_BF16 = pick_precision("auto", torch.device("cpu")) != "bf16"
-
-
-@pytest.mark.parametrize(
-    "stage",
-    [
-        STAGES[0],
-        pytest.param(STAGES[6], marks=pytest.mark.skipif(NO_BF16, reason="takes minutes without bf16 instructions")),
-    ],
-)
+@needs_bf16
+@pytest.mark.parametrize("stage", [STAGES[0], STAGES[6]])
 def test_bf16_autocast_learns_as_fp32_does(stage: str) -> None:
     """Sixty steps on one batch: the losses of both stay together and fall."""
     batch = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
