@@ -47,6 +47,7 @@ def recorded(run: Run) -> GraphedFunction:
     [
         ("part_a_cifar", "fp32"),
         ("part_g_cifar", "fp32"),
+        pytest.param("part_a_cifar", "bf16", marks=needs_bf16),
         pytest.param("part_g_cifar", "bf16", marks=needs_bf16),
         ("tiny", "bf16"),
         ("tiny", "fp16"),  # which most CPUs convert from and to

@@ -223,7 +223,7 @@ def test_eval_into_a_full_device_keeps_its_numbers(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(256, size=(200, 32, 32, 3), dtype=np.uint8))
     common = ("--dataset", tmp_path / "images.npy", "--run-dir", tmp_path / "run")
     training = ("--batch-size", 2, "--max-steps", 1, "--sample-every", 0)
-    assert run_stage(A, "train", *common, *training, "--device", "cpu") == 0
+    assert run_stage(A, "train", *common, *training) == 0
     words = [sys.executable, f"{A}.py", "eval", *common, "--num-images", "2"]
     done = subprocess.run(f"{shlex.join(map(str, words))} >/dev/full", shell=True, cwd=ROOT)
     assert done.returncode == 0

@@ -287,21 +287,21 @@ def test_a_checkpoint_is_saved_after_every_epoch_but_not_more_often_than_so_many
     assert saved == saved_steps
 
 
-# fp16, with a tiny network: most CPUs convert from and to it
+# In 16 bits, with a tiny network: most CPUs compute in fp32 and convert
 
 
-def test_fp16_learns_as_fp32_does(images: Tensor) -> None:
+def test_16_bits_learn_as_fp32_does(images: Tensor) -> None:
     """After two hundred steps the held-out loss is the same within the noise: another seed changes more."""
     held_out = torch.randint(256, (1000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     losses = []
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "fp16", "bf16"):
         run = tiny_run.make_trainer(precision, epochs=67)
         for _ in run.steps(images):
             pass
         run.check()
         losses.append(measure_losses(run.predict_averaged, run.schedule, held_out).mean().item())
     assert losses[0] < 0.5
-    assert losses[1] == pytest.approx(losses[0], rel=0.002)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.002)
 
 
 def test_gradients_too_small_for_fp16_are_scaled() -> None:
