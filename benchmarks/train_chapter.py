@@ -171,6 +171,8 @@ def report(options: argparse.Namespace, assets: Path) -> None:
     for letter in options.stages:
         run_dir = options.runs / STAGES[letter]
         folders = [milestone_dir(run_dir, epoch) for epoch in milestones(run_dir)]
+        if not folders:
+            print(f"part {letter}: no milestone in {run_dir}; what assets/ has of it stays")
         for folder in folders:
             measure(letter, folder, options.data_dir)
             publish(letter, folder, assets)

@@ -162,6 +162,12 @@ def test_the_report_fills_assets_from_the_runs(
     assert campaign == []
 
     shutil.rmtree(tmp_path / "runs")  # what is published stays comparable without the runs
+    capsys.readouterr()
+    run_chapter(monkeypatch, *words, "--report", "--stages", "A")
+    told = capsys.readouterr().out.splitlines()
+    assert f"part A: no milestone in {tmp_path / 'runs' / 'part_a_cifar'}; what assets/ has of it stays" in told
+    assert campaign == []
+    assert [row for row in told if row.startswith("| ")] == table
     run_chapter(monkeypatch, *words, "--from-assets", "--epochs", 3, "--stages", "D")
     assert train_chapter.milestones(tmp_path / "runs" / "part_d_cifar_arch") == [1, 3]
     run_chapter(monkeypatch, *words, "--report", "--stages", "D")
