@@ -195,8 +195,7 @@ def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
 )
 def test_what_several_processes_cannot_do_is_refused_by_all(tmp_path: Path, options: list[object], name: str) -> None:
     for rank, (status, output, error) in enumerate(run(2, f"{A}.py", "train", "--run-dir", tmp_path, *options)):
-        assert status == 2
-        assert output == ""
+        assert (status, output) == (2, ""), error
         assert f"rank {rank}: error: argument {name}" in error.splitlines()[-1]
 
 

@@ -63,6 +63,7 @@ def start() -> None:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
+        maximum(0)  # waits for all: a rank that ended now would keep slower ones from joining
         timer.cancel()
 
 
