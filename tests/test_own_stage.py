@@ -397,6 +397,7 @@ class Late(Special):
         return x
 
 
+@pytest.mark.parametrize("compile", ["--no-compile", "--compile"])
 @pytest.mark.parametrize(
     ("model", "epochs", "message"),
     [
@@ -409,12 +410,13 @@ def test_what_no_checkpoint_can_carry_is_told_before_the_second_step(
     model: type[nn.Module],
     epochs: Any,
     message: str,
+    compile: str,
     tmp_path: Path,
     run: Callable[[Stage, str], Run],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: model(), epochs=epochs)
-    assert run(stage, "run")("train", "--dataset", "shapes", "--batch-size", 4) == 1
+    assert run(stage, "run")("train", "--dataset", "shapes", "--batch-size", 4, compile) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("part_h.py: error: ")
     assert message in error

@@ -183,7 +183,8 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
             tell(f"compiled in {time.perf_counter() - started:.0f} s")
     finally:
         model.zero_grad()
-        model.load_state_dict(state)
+        with suppress(RuntimeError):  # what running it has added cannot be taken back; Run.check tells of that
+            model.load_state_dict(state)
 
 
 def is_out_of_memory(error: Exception) -> bool:

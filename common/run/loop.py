@@ -12,7 +12,6 @@ from torch import Tensor
 
 from common.run import checkpoint, distributed
 from common.run.datasets import check_images
-from common.run.errors import UserError
 from common.run.evaluate import measure_losses
 from common.run.report import Reporter
 from common.run.trainer import Run
@@ -51,8 +50,6 @@ def train(
     check_images(images, "training images")
     check_images(held_out, "held-out images")
     progress = run.progress
-    if progress.seen >= len(images):
-        raise UserError(f"training images: {len(images)}, of which the run has seen {progress.seen} in this epoch")
     is_first = distributed.RANK == 0
     held_out = held_out[:LOG_HELD_OUT_IMAGES]
     reporter = Reporter(run, images, run_dir, sample_every, max_steps)

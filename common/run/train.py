@@ -47,6 +47,9 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
                 f"argument --batch-size: {run.options.batch_size} is more than the {len(images)} training images of "
                 f"{run.options.dataset}; give a smaller one"
             )
+        if run.progress.seen >= len(images):
+            seen = f"of which the run has seen {run.progress.seen} in this epoch"
+            raise UserError(f"training images: {len(images)}, {seen}")
         if is_first:
             _announce(run, len(images), run_dir)
         if compiles_training(options.compile, device, run.precision):
