@@ -8,7 +8,7 @@ and doubles it twice, with two skip connections across; 16 channels at the top, 
     python part_a_cifar.py test                       # 64 pictures from the trained weights
     python part_a_cifar.py eval                       # how good it is on held-out images, in numbers
 
-559,331 parameters; 2.0 minutes an epoch on 2 cores with AMX; held-out loss 0.0366 after 5 epochs.
+559,331 parameters; 2.0 minutes an epoch on 2 cores with AMX; held-out loss 0.0336 after 20 epochs.
 """
 
 import argparse

@@ -8,7 +8,7 @@ of the time step grows with it.
     python part_b_cifar_more_channels.py test
     python part_b_cifar_more_channels.py eval
 
-2,215,875 parameters; 4.5 minutes an epoch on 2 cores with AMX; held-out loss 0.0346 after 5 epochs.
+2,215,875 parameters; 4.5 minutes an epoch on 2 cores with AMX; held-out loss 0.0324 after 20 epochs.
 """
 
 import argparse

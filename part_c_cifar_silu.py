@@ -8,7 +8,7 @@ corner, and does not cut the gradient off where its input is negative.
     python part_c_cifar_silu.py test
     python part_c_cifar_silu.py eval
 
-2,215,875 parameters; 4.9 minutes an epoch on 2 cores with AMX; held-out loss 0.0344 after 5 epochs.
+2,215,875 parameters; 4.9 minutes an epoch on 2 cores with AMX; held-out loss 0.0322 after 20 epochs.
 """
 
 import argparse

@@ -9,7 +9,7 @@ pass is two loops.
     python part_d_cifar_arch.py test
     python part_d_cifar_arch.py eval
 
-1,523,715 parameters; 4.3 minutes an epoch on 2 cores with AMX; held-out loss 0.0341 after 5 epochs.
+1,523,715 parameters; 4.3 minutes an epoch on 2 cores with AMX; held-out loss 0.0320 after 20 epochs.
 """
 
 import argparse

@@ -9,7 +9,7 @@ by default, down to 4 x 4 pixels, three at twice the width and the last one narr
     python part_e_cifar_deeper.py test
     python part_e_cifar_deeper.py eval
 
-2,017,667 parameters; 7.1 minutes an epoch on 2 cores with AMX; held-out loss 0.0335 after 5 epochs.
+2,017,667 parameters; 7.1 minutes an epoch on 2 cores with AMX; held-out loss 0.0316 after 20 epochs.
 """
 
 import argparse

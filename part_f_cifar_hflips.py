@@ -9,7 +9,7 @@ horse, so the 50,000 images become 100,000.
     python part_f_cifar_hflips.py test
     python part_f_cifar_hflips.py eval
 
-2,017,667 parameters; 7.0 minutes an epoch on 2 cores with AMX; held-out loss 0.0337 after 5 epochs.
+2,017,667 parameters; 7.0 minutes an epoch on 2 cores with AMX; held-out loss 0.0316 after 20 epochs.
 """
 
 import argparse

@@ -8,7 +8,7 @@ ResnetBlock of the levels named by --attention-resolutions, and one in the middl
     python part_g_cifar.py test
     python part_g_cifar.py eval
 
-2,193,219 parameters; 9.6 minutes an epoch on 2 cores with AMX; held-out loss 0.0334 after 5 epochs.
+2,193,219 parameters; 9.6 minutes an epoch on 2 cores with AMX; held-out loss 0.0313 after 20 epochs.
 """
 
 import argparse
