@@ -117,7 +117,8 @@ def keep(letter: str, run_dir: Path, epoch: int) -> None:
     """Keeps the averaged weights, in half precision, and the log that goes with them, of a run that is there now."""
     path = milestone_dir(run_dir, epoch) / "checkpoint.pt"
     saved = checkpoint.load(run_dir / "checkpoint.pt", STAGES[letter])
-    if saved["progress"]["epoch"] == epoch and not path.exists():
+    progress = saved["progress"]
+    if (progress["epoch"], progress["seen"]) == (epoch, 0) and not path.exists():  # not a part of the next epoch
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(path, saved)
         print(f"{path}: kept", flush=True)

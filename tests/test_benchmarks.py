@@ -116,6 +116,12 @@ def test_a_campaign_can_go_on_from_the_weights_that_come_with_the_project(tmp_pa
         ("samples.png", f"grids/{milestone}.png"),
     ):
         assert (kept / mine).read_bytes() == (ROOT / "assets" / published).read_bytes()
+    shutil.rmtree(kept)
+    for seen in (128, 0):  # what a run has learned of its next epoch is not this epoch's
+        assert not kept.exists()
+        checkpoint.save(path, {**saved, "progress": {**saved["progress"], "seen": seen}})
+        train_chapter.keep("A", path.parent, epoch)
+    assert kept.exists()
     options = RunOptions(**{**saved["training_options"], "batch_size": len(images), "epochs": 1000})
     run = Run("part_a_cifar", {}, Model(), options)
     run.restore(saved, path)

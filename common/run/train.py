@@ -48,8 +48,10 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
                 f"{run.options.dataset}; give a smaller one"
             )
         if run.progress.seen >= len(images):
-            seen = f"of which the run has seen {run.progress.seen} in this epoch"
-            raise UserError(f"training images: {len(images)}, {seen}")
+            raise UserError(
+                f"training images: {len(images)}, of which the run has seen {run.progress.seen} in this epoch; "
+                "give those with which it began"
+            )
         if is_first:
             _announce(run, len(images), run_dir)
         if compiles_training(options.compile, device, run.precision):
