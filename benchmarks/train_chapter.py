@@ -242,13 +242,18 @@ def read_numbers(assets: Path) -> dict[str, dict[int, Any]]:
     }
 
 
+def common_epoch(by_stage: dict[str, dict[int, Any]]) -> int:
+    """The most epochs of which every stage has something; 0 if there are none."""
+    return max(set.intersection(*({*by_epoch} for by_epoch in by_stage.values())), default=0)
+
+
 def results_table(assets: Path) -> str:
     """README's table of results: a row for each stage after equally many epochs, then those that went further.
 
     Four columns fit the screen of a telephone; so the standard error, the largest of its column, stands in the title.
     """
     numbers = read_numbers(assets)
-    common = max(set.intersection(*({*by_epoch} for by_epoch in numbers.values())), default=0)
+    common = common_epoch(numbers)
     rows = [(letter, common, IDEAS[letter]) for letter in STAGES if common]
     furthest = {letter: max(by_epoch, default=0) for letter, by_epoch in numbers.items()}
     rows += [(letter, epoch, f"after {epoch} epochs") for letter, epoch in furthest.items() if epoch > common]
@@ -276,13 +281,10 @@ def grids(assets: Path, letter: str) -> dict[int, Path]:
 
 
 def ladder(assets: Path) -> None:
-    """A row of pictures for each stage, after the most epochs that A and G both have; then for those that went further.
-
-    So the two ends of the chapter can always be compared, and between them the stages that have come as far.
-    """
+    """A row of pictures for each stage after equally many epochs, then for those that went further."""
     drawn = {letter: grids(assets, letter) for letter in STAGES}
-    common = max(drawn["A"].keys() & drawn["G"].keys(), default=0)
-    rows = [(f"{letter}  {IDEAS[letter]}", drawn[letter][common]) for letter in STAGES if common in drawn[letter]]
+    common = common_epoch(drawn)
+    rows = [(f"{letter}  {IDEAS[letter]}", drawn[letter][common]) for letter in STAGES if common]
     for letter, by_epoch in drawn.items():
         if max(by_epoch, default=0) > common:
             rows.append((f"{letter}  {max(by_epoch)} epochs", by_epoch[max(by_epoch)]))

@@ -159,9 +159,9 @@ def test_the_report_fills_assets_from_the_runs(
     for name in ("samplers", "losses", "forward-noising"):
         with Image.open(assets / f"{name}.png") as image:
             image.load()
-    for name in ("ladder", "progress"):  # two rows: A and G after as many epochs, G after one and two
+    for name, rows in (("ladder", 7 + 2), ("progress", 2)):  # all after one epoch, A and G after two; G after each
         with Image.open(assets / f"{name}.png") as image:
-            assert image.size == (960, 216)
+            assert image.size == (960, 108 * rows)
     assert str(tmp_path) not in (assets / "logs" / "part_a_cifar-0001.json").read_text()
     campaign.clear()
     run_chapter(monkeypatch, *words, "--report")
@@ -178,7 +178,7 @@ def test_the_report_fills_assets_from_the_runs(
     assert train_chapter.milestones(tmp_path / "runs" / "part_d_cifar_arch") == [1, 3]
     run_chapter(monkeypatch, *words, "--report", "--stages", "D")
     with Image.open(assets / "ladder.png") as image:
-        assert image.size == (960, 324)  # A and G after two epochs, D after three
+        assert image.size == (960, 108 * (7 + 3))  # and D after three
     assert len(campaign) == 3  # D trains, is tested and measured
 
 
