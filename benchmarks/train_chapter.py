@@ -293,7 +293,14 @@ def ladder(assets: Path) -> None:
 
 
 def samplers(folder: Path, assets: Path) -> None:
-    """Sixteen pictures by G from the same start, with fresh noise in each step and without, in few steps and many."""
+    """Sixteen pictures by G from the same start, with fresh noise in each step and without, in few steps and many.
+
+    And how the noise becomes those by DDPM in fifty steps, as a film.
+    """
+    film = folder / "denoising.webp"
+    words = ["--steps", "50", "--num-images", "16", "--film", str(film), "--output", str(folder / "ddpm-50.png")]
+    make("G", film, "test", words)
+    shutil.copy(film, assets)
     figure = Figure(figsize=(8, 8.4), dpi=100, layout="constrained")
     for axes, (sampler, steps) in zip(figure.subplots(2, 2).flat, SAMPLERS):
         path = folder / f"{sampler}-{steps}.png"

@@ -57,6 +57,8 @@ def campaign(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) ->
                     Path(words[words.index("--output") + 1]) if "--output" in words else path.parent / "samples.png"
                 )
                 save_grid(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), output)
+                if "--film" in words:
+                    Path(words[words.index("--film") + 1]).write_bytes(b"a film")
         return 0
 
     monkeypatch.setattr(train_chapter, "run", run)
@@ -142,7 +144,7 @@ def test_the_report_fills_assets_from_the_runs(
     run_chapter(monkeypatch, *words, "--epochs", 2, "--stages", "A", "G")
     campaign.clear()
     run_chapter(monkeypatch, *words, "--report")
-    # `test` and `eval` of every stage after one epoch, of A and G after two; G's four ways to sample
+    # `test` and `eval` of every stage after one epoch, of A and G after two; G's four ways to sample, one with a film
     assert len(campaign) == 2 * (7 + 2) + 4
     table = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
     assert table[0] == "| after 1 epochs | GFLOP per image | held-out loss ± 0.2500 | bits/dim ± 0.25 |"
@@ -156,6 +158,7 @@ def test_the_report_fills_assets_from_the_runs(
         saved = checkpoint.load(assets / "weights" / f"{stage}.pt", stage, ema_only=True)
         assert saved["progress"]["epoch"] == 2
         assert len((assets / "logs" / f"{stage}.csv").read_text().splitlines()) == 3
+    assert (assets / "denoising.webp").read_bytes() == b"a film"
     for name in ("samplers", "losses", "forward-noising"):
         with Image.open(assets / f"{name}.png") as image:
             image.load()
