@@ -43,7 +43,7 @@ from common.data import random_generator, to_float, to_uint8
 from common.diffusion import NoiseSchedule
 from common.run import checkpoint
 from common.run.checkpoint import LOG_COLUMNS
-from common.run.errors import UserError
+from common.run.errors import UserError, drop_what_nobody_takes, say
 from common.run.options import positive_float, whole_number
 from common.run.shapes import draw_shapes
 
@@ -75,7 +75,7 @@ def train(letters: list[str], options: argparse.Namespace, more: list[str]) -> N
             if milestone > goals[letter]:
                 continue
             if epochs_done(letter, run_dir) < milestone:
-                print(f"part {letter}: training up to {milestone} epochs", flush=True)
+                say(f"part {letter}: training up to {milestone} epochs")
                 words = ["--resume", "--epochs", str(milestone), "--sample-every", str(milestone)]
                 words += ["--run-dir", str(run_dir), "--data-dir", str(options.data_dir)]
                 words += [*(["--hflip"] if letter == "F" else []), *more]
@@ -121,7 +121,7 @@ def keep(letter: str, run_dir: Path, epoch: int) -> None:
     if (progress["epoch"], progress["seen"]) == (epoch, 0) and not path.exists():  # not a part of the next epoch
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(path, saved)
-        print(f"{path}: kept", flush=True)
+        say(f"{path}: kept")
 
 
 def milestone_dir(run_dir: Path, epoch: int) -> Path:
@@ -173,7 +173,7 @@ def report(options: argparse.Namespace, assets: Path) -> None:
         run_dir = options.runs / STAGES[letter]
         folders = [milestone_dir(run_dir, epoch) for epoch in milestones(run_dir)]
         if not folders:
-            print(f"part {letter}: no milestone in {run_dir}; what assets/ has of it stays")
+            say(f"part {letter}: no milestone in {run_dir}; what assets/ has of it stays")
         for folder in folders:
             measure(letter, folder, options.data_dir)
             publish(letter, folder, assets)
@@ -185,7 +185,7 @@ def report(options: argparse.Namespace, assets: Path) -> None:
     forward_noising(assets)
     if (options.data_dir / CIFAR10.base_folder).exists():
         example_images(options.data_dir, assets)
-    print(results_table(assets))
+    say(results_table(assets))
 
 
 def milestones(run_dir: Path) -> list[int]:
@@ -388,7 +388,7 @@ def image_table(images: torch.Tensor, titles: list[str], path: Path) -> None:
 def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path)
-    print(path)
+    say(str(path))
 
 
 def main() -> None:
@@ -409,6 +409,8 @@ def main() -> None:
             train(options.stages, options, more)
     except UserError as error:
         sys.exit(f"train_chapter.py: error: {error}")
+    finally:
+        drop_what_nobody_takes()
 
 
 if __name__ == "__main__":

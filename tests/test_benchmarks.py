@@ -197,6 +197,20 @@ def test_only_the_report_requires_matplotlib(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="closes one end of a POSIX pipe")
+def test_a_campaign_goes_on_when_nobody_reads_what_it_tells(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = ["--runs", str(tmp_path), "--stages", "A", "--epochs", "1", "--data-url", "nowhere"]
+    command = [sys.executable, "benchmarks/train_chapter.py", *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 1
+    assert "stdout takes no more" in done.stderr
+    assert "argument --data-url: must start with http" in done.stderr  # `train` was reached
+    assert "Traceback" not in done.stderr
+
+
 SAVES_WHEN_TOLD = """
 import pathlib, signal, sys, time
 def save(number, frame):
