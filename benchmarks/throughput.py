@@ -333,9 +333,9 @@ def main() -> None:
         "repeats": options.repeats,
         "stages": rows,
     }
-    print_table(report)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
+    print_table(report)
 
 
 if __name__ == "__main__":
