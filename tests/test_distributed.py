@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.run import checkpoint
 from common.run.checkpoint import Checkpoint
-from tests.conftest import ROOT, wait_for_checkpoint
+from tests.conftest import ROOT, run_stage, wait_for_checkpoint
 from tests.test_training import assert_same
 from tests.train_ranks import train_rank
 
@@ -95,21 +95,21 @@ def test_gradients_that_overflow_fp16_on_one_rank_are_skipped_by_all(tmp_path: P
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_three_or_one(tmp_path: Path, shapes_dir: Path) -> None:
-    def train(count: int, folder: Path, max_steps: int) -> tuple[Checkpoint, str]:
+    def train(count: int, folder: Path, max_steps: int) -> Checkpoint:
         common = ("--data-dir", shapes_dir, "--run-dir", folder, "--precision", "fp32", "--sample-every", 0)
-        options = ("--dataset", "shapes", "--batch-size", 12, "--resume", "--max-steps", max_steps)
-        ranks = run(count, f"{A}.py", "train", *common, *options)
-        for rank, (status, output, error) in enumerate(ranks):
-            assert status == 0, error
-            assert bool(output) == (rank == 0)
-        return checkpoint.load(folder / "checkpoint.pt", A), ranks[0][1]
+        words = ("train", "--dataset", "shapes", "--batch-size", 12, "--resume", "--max-steps", max_steps, *common)
+        if count == 1:
+            assert run_stage(A, *words) == 0
+        else:
+            for rank, (status, output, error) in enumerate(run(count, f"{A}.py", *words)):
+                assert status == 0, error
+                assert bool(output) == (rank == 0)
+        return checkpoint.load(folder / "checkpoint.pt", A)
 
-    begun, _ = train(2, tmp_path / "two", 3)
+    begun = train(2, tmp_path / "two", 3)
     shutil.copytree(tmp_path / "two", tmp_path / "three")
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    (three, _), (one, _), (uncut, _) = (
-        train(n, tmp_path / name, 6) for n, name in [(3, "three"), (1, "one"), (1, "uncut")]
-    )
+    three, one, uncut = (train(n, tmp_path / name, 6) for n, name in [(3, "three"), (1, "one"), (1, "uncut")])
     assert begun["progress"]["seen"] == 36
     for resumed in (three, one):
         assert resumed["progress"]["step"] == 6
@@ -232,16 +232,19 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path, shap
 
 def test_pictures_are_the_same_however_many_processes_draw_them(tmp_path: Path, shapes_dir: Path) -> None:
     common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 4)
-    assert run(1, f"{A}.py", "train", *common, "--max-steps", 2)[0][0] == 0
+    assert run_stage(A, "train", *common, "--max-steps", 2) == 0
     pictures = []
     for count in (1, 3):
         output = tmp_path / f"{count}.png"
         options = ("--num-images", 9, "--batch-size", 2, "--sampler", "ddim", "--steps", 3)
         files = ("--output", output, "--save-images", tmp_path / f"{count} single")
         words = ("test", "--run-dir", tmp_path, *options, *files)
-        for rank, (status, text, error) in enumerate(run(count, f"{A}.py", *words)):
-            assert status == 0, error
-            assert bool(text) == (rank == 0)
+        if count == 1:
+            assert run_stage(A, *words) == 0
+        else:
+            for rank, (status, text, error) in enumerate(run(count, f"{A}.py", *words)):
+                assert status == 0, error
+                assert bool(text) == (rank == 0)
         single = sorted((tmp_path / f"{count} single").iterdir())
         pictures.append([path.read_bytes() for path in (output, *single)])
         assert len(single) == 9

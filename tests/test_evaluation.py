@@ -24,7 +24,6 @@ from common.likelihood import (
     stratified_mean,
 )
 from common.run import evaluate
-from common.run.datasets import load_images
 from common.run.errors import UserError
 from common.run.evaluate import measure_bound, measure_losses
 from tests.conftest import run_stage
@@ -285,17 +284,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2,000 held-out images instead of 10,000."""
-
-    def load(*arguments: Any, **options: Any) -> Tensor:
-        return load_images(*arguments, **options)[:2000]
-
-    monkeypatch.setattr("common.run.evaluate.load_images", load)
-
-
-@pytest.mark.usefixtures("few_images")
+@pytest.mark.usefixtures("short_eval")
 def test_eval_prints_a_table_and_leaves_its_numbers_in_the_run_folder(
     run_dir: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +300,7 @@ def test_eval_prints_a_table_and_leaves_its_numbers_in_the_run_folder(
         "stage": A, "weights": "ema", "epochs": 0, "steps": 3, "dataset": "shapes", "seed": 4,
     }  # fmt: skip
     loss, bits, fid = report["loss"], report["bits_per_dim"], report["fid"]
-    assert (loss["images"], bits["images"], bits["exact"]) == (2000, 6, False)
+    assert (loss["images"], bits["images"], bits["exact"]) == (200, 6, False)
     assert loss["mean"] == pytest.approx(np.mean([quarter["mean"] for quarter in loss["quarters"]]))
     parts = sum(bits[name]["mean"] for name in ("prior", "kl", "decoder"))
     assert bits["total"]["mean"] == pytest.approx(parts)
@@ -321,7 +310,7 @@ def test_eval_prints_a_table_and_leaves_its_numbers_in_the_run_folder(
     assert f"| {fid['value']:.3f} |" in output
 
 
-@pytest.mark.usefixtures("few_images")
+@pytest.mark.usefixtures("short_eval")
 def test_eval_measures_the_same_each_time(run_dir: Path, shapes_dir: Path) -> None:
     def measure(*options: str) -> dict[str, Any]:
         arguments = ("--data-dir", shapes_dir, "--run-dir", run_dir, "--num-images", "2", *options)
