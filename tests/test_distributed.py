@@ -23,6 +23,7 @@ from tests.train_ranks import train_rank
 
 A = "part_a_cifar"
 PATIENCE = 120  # seconds
+Results = tuple[dict[str, Tensor], list[dict[str, float]], Tensor]  # of train_rank: weights, log, measures
 
 
 def free_port() -> int:
@@ -64,11 +65,19 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What a single process leaves behind."""
+    folder = tmp_path_factory.mktemp("one")
+    train_rank(folder)
+    return torch.load(folder / "rank0.pt")
+
+
 @pytest.mark.parametrize("count", [2, 3])
-def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(tmp_path: Path, count: int) -> None:
-    train_rank(tmp_path)
-    expected, log, measures = torch.load(tmp_path / "rank0.pt")
-    shutil.rmtree(tmp_path / "run")
+def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(
+    tmp_path: Path, count: int, of_one_process: Results
+) -> None:
+    expected, log, measures = of_one_process
     for status, _, error in run(count, "-m", "tests.train_ranks", "train", tmp_path):
         assert status == 0, error
     (weights, log_0, _), *others = results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(count)]

@@ -114,21 +114,17 @@ def test_killed_in_the_middle_of_a_write_a_run_ends_as_the_uncut_one(
 
 
 def test_a_script_killed_and_resumed_ends_as_one_never_cut(tmp_path: Path, shapes_dir: Path) -> None:
-    def command(folder: str) -> list[str]:
-        options = "--dataset shapes --batch-size 8 --max-steps 20 --checkpoint-every 1 --resume --device cpu"
-        return [
-            sys.executable, f"{A}.py", "train", *options.split(), "--data-dir", str(shapes_dir),
-            "--run-dir", str(tmp_path / folder),
-        ]  # fmt: skip
-
+    options = "--dataset shapes --batch-size 8 --max-steps 20 --checkpoint-every 1 --resume --device cpu"
+    words = ["train", *options.split(), "--data-dir", str(shapes_dir), "--run-dir"]
     for delay in (0, 0.3):
-        process = subprocess.Popen(command("cut"), cwd=ROOT, stdout=subprocess.DEVNULL, text=True)
+        command = [sys.executable, f"{A}.py", *words, str(tmp_path / "cut")]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, text=True)
         wait_for_checkpoint(tmp_path / "cut", process)
         time.sleep(delay)
         process.kill()
         assert process.wait(PATIENCE) == -signal.SIGKILL
     for folder in ("cut", "uncut"):
-        subprocess.run(command(folder), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        assert run_stage(A, *words, tmp_path / folder) == 0
     cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", A) for folder in ("cut", "uncut"))
     assert cut["progress"]["step"] == 20
     assert_same(dict(cut), dict(uncut))

@@ -156,12 +156,15 @@ def test_a_picture_of_weights_that_are_gone_is_drawn_anew(
     assert Image.open(grid).size == (70, 70)
 
 
-def test_another_seed_or_option_gives_other_weights(images: Tensor, tmp_path: Path, uncut: dict[str, Any]) -> None:
-    others: list[dict[str, Any]] = [{"seed": 1}, {"hflip": False}, {"lr": 2e-3}, {"batch_size": 15}]
-    for number, options in enumerate(others):
-        trainer = make_trainer(stage="part_a_cifar", **{"hflip": True, **options})
-        train(trainer, images, images, tmp_path / str(number), sample_every=0)
-        assert not torch.equal(trainer.model.state_dict()["conv_in.weight"], uncut["model"]["conv_in.weight"])
+@pytest.mark.parametrize("option", [{}, {"seed": 1}, {"hflip": False}, {"lr": 2e-3}, {"batch_size": 15}])
+def test_another_seed_or_option_gives_other_weights(images: Tensor, option: dict[str, Any]) -> None:
+    weights = []
+    for options in ({"hflip": True}, {"hflip": True, **option}):
+        trainer = make_trainer(**options)
+        for _ in zip(range(2), trainer.steps(images)):
+            pass
+        weights.append(trainer.model.state_dict()["conv_in.weight"])
+    assert torch.equal(*weights) == (not option)
 
 
 def test_logged_loss_is_the_mean_over_images_whatever_the_batches(images: Tensor) -> None:
