@@ -11,7 +11,7 @@ from torch import Tensor
 def shuffled_batches(images: Tensor, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
     """One epoch's batches (batch_size, ...), in an order that `seed` and `epoch` alone decide.
 
-    The last images of that order, too few for a batch, are left out; in every epoch they are others.
+    The last images of that order, too few for a batch, are left out: different ones in every epoch.
 
     Args:
         images: (N, ...), on the device that trains; N is at least `batch_size`.

@@ -103,7 +103,12 @@ def test_every_command_runs_word_for_word(
 
 
 @pytest.mark.parametrize("snippet", [code for sources, code in CODE_WITH_SOURCES if not sources])
-def test_every_snippet_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_snippet_runs(
+    snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    if "cifar10" in snippet:
+        (tmp_path / "data").symlink_to(request.getfixturevalue("cifar10_dir"))
     log = tmp_path / "runs" / "part_a_cifar" / "log.csv"
     log.parent.mkdir(parents=True)
     shutil.copy(ROOT / "assets" / "logs" / "part_a_cifar.csv", log)
