@@ -215,6 +215,7 @@ def test_options_of_any_kind_come_back_from_the_checkpoint(
     [
         ({"type": Path, "default": Path("a.csv")}, ()),  # torch.load refuses it
         ({"default": lambda: 0}, ()),
+        ({"default": torch.ones(())}, ()),
         ({"type": argparse.FileType()}, ("--table", __file__)),
     ],
 )

@@ -263,6 +263,18 @@ def test_a_home_folder_of_nobody_is_an_error(capsys: pytest.CaptureFixture[str])
     assert "argument --run-dir: ~nosuchuser/run" in capsys.readouterr().err
 
 
+def test_a_current_folder_that_is_gone_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_stage(A, "train", "--dataset", "pictures") == 1
+    error = capsys.readouterr().err
+    assert "error: the current folder: No such file" in error
+    assert error.count("\n") == 1
+
+
 def test_a_checkpoint_of_another_program_is_not_overwritten(
     tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -537,6 +549,24 @@ def test_data_that_may_not_be_read_is_named(tmp_path: Path, cifar10_dir: Path) -
             load_images("cifar10", tmp_path)
         path.chmod(0o755)
         assert "no CIFAR-10 there" not in str(error.value)
+
+
+def test_a_data_folder_that_cannot_be_made_is_not_called_unreadable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = (
+        "--data-dir",
+        tmp_path / "file" / "data",
+        "--data-url",
+        "http://localhost:9/",
+        "--run-dir",
+        tmp_path / "run",
+    )
+    assert run_stage(A, "train", *words) == 1
+    error = capsys.readouterr().err
+    assert f"--data-dir {tmp_path / 'file' / 'data'}: no CIFAR-10 there" in error
+    assert error.count("\n") == 1
 
 
 def test_several_first_uses_at_once_draw_a_data_set_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

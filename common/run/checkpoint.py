@@ -145,7 +145,7 @@ def _unpack(file: io.BytesIO, path: Path, stage: str, ema_only: bool = False) ->
 def survives(value: Any) -> bool:
     """Whether a value comes back from a checkpoint as it is."""
     try:
-        return bool(torch.load(_packed(value), weights_only=True) == value)
+        return not isinstance(value, Tensor) and bool(torch.load(_packed(value), weights_only=True) == value)
     except Exception:  # a function, say, or a file
         return False
 
@@ -169,23 +169,18 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what unpacking a damaged or foreign checkpoint raises into a UserError that names the file."""
     try:
         yield
-    except pickle.UnpicklingError as error:  # torch's own message advises to load the file without weights_only
-        raise UserError(f"{path}: not a checkpoint of this project, or a damaged one") from error
-    except Exception as error:  # there is no end of what hostile bytes make a reader raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a checkpoint of this project, or a damaged one: {reason[:200]}") from error
+    except Exception as error:  # there is no end of what hostile bytes make a reader raise; torch's advice is left out
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path}: not a checkpoint of this project, or a damaged one{reason}") from error
 
 
 def _check(kind: type[Any], values: dict[str, Any]) -> None:
     """Makes sure that a dataclass can be made from what a checkpoint says.
 
     Raises:
-        TypeError, ValueError: a value is missing, unknown or of another type than its field, or a number is negative
-            or too large.
+        KeyError, TypeError, ValueError: a value is missing, unknown or of another type than its field, or a number is
+            negative or too large.
     """
-    missing = {field.name for field in fields(kind)} - values.keys()
-    if missing:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     for field_ in fields(kind(**values)):
         value = values[field_.name]
         if not isinstance(value, get_origin(field_.type) or field_.type):  # type: ignore[arg-type]
@@ -211,12 +206,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error.strerror or error}); what was there is kept") from error
+    finally:
+        with suppress(OSError):  # it has been moved
             temporary.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: not written ({error.strerror or error}); what was there is kept") from error
-        raise
 
 
 def _sync_folder(folder: Path) -> None:

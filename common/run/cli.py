@@ -1,6 +1,7 @@
 """The entry of every script: reads the command line, runs the command, and turns what goes wrong into one line."""
 
 import argparse
+import atexit
 import io
 import sys
 from collections.abc import Sequence
@@ -18,13 +19,8 @@ from common.run.train import train
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
-    try:
-        _main(stage, argv)
-    finally:
-        drop_what_nobody_takes()
-
-
-def _main(stage: Stage, argv: Sequence[str] | None) -> NoReturn:
+    atexit.register(drop_what_nobody_takes)
+    options = None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console that lacks a letter is no reason to stop
@@ -43,7 +39,8 @@ def _main(stage: Stage, argv: Sequence[str] | None) -> NoReturn:
     except argparse.ArgumentError as error:  # of a stage of one's own: an option that there is already, say
         message, status = str(error), UsageError.exit_status
     except OSError as error:  # a full disk, say, or a folder that may not be written to
-        message, status = f"{error.filename or options.run_dir}: {error.strerror or error}", 1
+        where = error.filename or getattr(options, "run_dir", "the current folder")
+        message, status = f"{where}: {error.strerror or error}", 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (RuntimeError, MemoryError) as error:

@@ -69,7 +69,7 @@ def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarr
     if data_dir.name == Archive.base_folder:
         data_dir = data_dir.parent
     for path in (data_dir, *data_dir.glob(f"{Archive.base_folder}"), *data_dir.glob(f"{Archive.base_folder}/*")):
-        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        if path.exists() and not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             raise UserError(f"--data-dir {data_dir}: {path}: may not be read")
     try:
         return Archive(data_dir, train=train, download=True).data.transpose(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.run.errors import UsageError, UserError, drop_what_nobody_takes, warn
 
@@ -94,14 +94,14 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def average_gradients(model: nn.Module) -> None:
-    """Makes the gradients of every rank the mean of all ranks', in one message."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    total = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(total)
-    total /= WORLD_SIZE
-    for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
+def average(tensors: Sequence[Tensor]) -> None:
+    """Makes tensors of every rank the mean of all ranks', in one message."""
+    if WORLD_SIZE > 1:
+        total = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(total)
+        total /= WORLD_SIZE
+        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
 
 def hides_bars() -> bool | None:
@@ -132,13 +132,6 @@ def merged(parts: dict[K, T]) -> dict[K, T]:
         dist.all_gather_object(everyone, parts)
     together = {key: part for parts in everyone for key, part in parts.items()}
     return {key: together[key] for key in sorted(together)}
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of all ranks' values, on every rank; `value` itself becomes it."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(value)
-    return value
 
 
 def maximum(value: int) -> int:

@@ -79,9 +79,7 @@ def new_model_options(stage: Stage, options: argparse.Namespace) -> dict[str, An
     return asked
 
 
-def saved_model_options(
-    stage: Stage, saved: Checkpoint, path: Path, typed: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def saved_model_options(stage: Stage, saved: Checkpoint, path: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
     """The model options of a checkpoint, which was read from `path`; one that it lacks, being older, has its default.
 
     Raises:
@@ -96,7 +94,7 @@ def saved_model_options(
             raise TypeError("a model option is a tensor")
         if model_options.keys() != defaults.keys():
             raise ValueError(f"there is no option {', '.join(model_options.keys() - defaults.keys())}")
-    refuse_contradictions({n: value for n, value in (typed or {}).items() if n in defaults}, model_options, path)
+    refuse_contradictions({n: value for n, value in typed.items() if n in defaults}, model_options, path)
     return model_options
 
 

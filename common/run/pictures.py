@@ -80,15 +80,14 @@ def sample_images(
 @contextmanager
 def _in_eval_mode(model: NoisePredictor) -> Iterator[None]:
     """Puts a module into eval mode, and back."""
-    modules = [*model.modules()] if isinstance(model, nn.Module) else []
-    was_training = [module.training for module in modules]
-    for module in modules:
+    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    for module in training:
         module.training = False
     try:
         yield
     finally:
-        for module, training in zip(modules, was_training):
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 class Film:

@@ -1,8 +1,7 @@
 """The command `test`: draws a picture grid from the trained model, and on demand a film and a strip."""
 
 import argparse
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,17 +41,9 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
     if options.save_images:
         distributed.on_first(lambda: check_folder(options.save_images, outputs))
         distributed.on_first(lambda: options.save_images.mkdir(parents=True, exist_ok=True))
-    films: list[tuple[Path, Film, Callable[[list[Tensor], Path], None]]] = []
-    if options.film:
-        films.append((options.film, Film(steps, frames=50, num_images=64), save_film))
-    if options.trajectory:
-        films.append((options.trajectory, Film(steps, frames=10, num_images=8), save_trajectory))
-
-    def watch(start: int, step: int, xt: Tensor) -> None:
-        for _, film, _ in films:
-            film(start, step, xt)
-
-    images = draw(trained, options, options.num_images, steps, watch)
+    kinds = ((options.film, 50, 64, save_film), (options.trajectory, 10, 8, save_trajectory))
+    films = [(path, Film(steps, frames, num_images), save) for path, frames, num_images, save in kinds if path]
+    images = draw(trained, options, options.num_images, steps, [film for _, film, _ in films])
     frames = [film.frames() for _, film, _ in films]
     if distributed.RANK == 0:
         save_grid(images, output)
@@ -73,20 +64,17 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
 
 
 def draw(
-    trained: TrainedModel,
-    options: argparse.Namespace,
-    num_images: int,
-    steps: int,
-    watch: Callable[[int, int, Tensor], None] = lambda start, step, xt: None,
+    trained: TrainedModel, options: argparse.Namespace, num_images: int, steps: int, films: Sequence[Film] = ()
 ) -> Tensor:
-    """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar."""
+    """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar and on film."""
     hide = distributed.hides_bars()
     total = num_images * steps // distributed.WORLD_SIZE
     with tqdm(total=total, unit=" image steps", desc=options.sampler, disable=hide) as bar:
 
-        def watch_and_tell(start: int, step: int, xt: Tensor) -> None:
+        def watch(start: int, step: int, xt: Tensor) -> None:
             bar.update(len(xt) if step else 0)
-            watch(start, step, xt)
+            for film in films:
+                film(start, step, xt)
 
         with autocast(trained.device, trained.precision):  # around all steps: it keeps the weights that it has cast
             return sample_images(
@@ -98,5 +86,5 @@ def draw(
                 seed=options.seed,
                 batch_size=options.batch_size,
                 spread=True,
-                watch=watch_and_tell,
+                watch=watch,
             )

@@ -61,7 +61,8 @@ class Run(Trainer):
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As Trainer.gradient_step, of this rank's share of the batch; adds up losses, notes whether all is finite."""
         mine = (x.chunk(distributed.WORLD_SIZE)[distributed.RANK] for x in (x0, t, noise))
-        loss = distributed.sum_over_ranks(super().gradient_step(*mine)) / distributed.WORLD_SIZE
+        loss = super().gradient_step(*mine)
+        distributed.average([loss])
         if distributed.WORLD_SIZE > 1:
             distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
         self._all_finite &= loss.isfinite()
@@ -94,11 +95,11 @@ class Run(Trainer):
 
     def _prepare_gradients(self) -> None:
         """Makes the gradients ready for the optimiser, and notes whether they are finite."""
-        if distributed.WORLD_SIZE > 1:
-            distributed.average_gradients(self.model)  # before all else: what does not fit fp16 on one rank, all skip
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        distributed.average(gradients)  # before all else: what does not fit fp16 on one rank, all skip
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        gradient_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        gradient_norm = nn.utils.get_total_norm(gradients)
         if self.scaler:  # tells fused Adam to skip the step, as GradScaler.step would
             self.optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
         else:
@@ -213,5 +214,5 @@ def _fitting_moments(state: dict[str, Tensor], parameter: Tensor, n: int) -> dic
         raise ValueError(f"the optimizer's state of parameter {n} has another shape")
     if not (0 <= step < math.inf and first.isfinite().all() and second.isfinite().all() and (second >= 0).all()):
         raise ValueError(f"the optimizer's state of parameter {n} is not finite, or negative")
-    moments = {"exp_avg": first, "exp_avg_sq": second}
-    return {"step": step, **{name: torch.empty_like(parameter).copy_(m) for name, m in moments.items()}}
+    moments = (torch.empty_like(parameter).copy_(moment) for moment in (first, second))
+    return dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments)))
