@@ -61,6 +61,16 @@ def run(count: int, *command: object) -> list[tuple[int, str, str]]:
         return [(rank.returncode, *output) for rank, output in zip(ranks, outputs)]
 
 
+def run_stage_a(count: int, *words: object) -> None:
+    """Of several processes, rank 0 alone writes to stdout; a single one needs no new Python."""
+    if count == 1:
+        assert run_stage(A, *words) == 0
+        return
+    for rank, (status, output, error) in enumerate(run(count, f"{A}.py", *words)):
+        assert status == 0, error
+        assert bool(output) == (rank == 0)
+
+
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
@@ -106,13 +116,8 @@ def test_gradients_that_overflow_fp16_on_one_rank_are_skipped_by_all(tmp_path: P
 def test_a_checkpoint_of_two_processes_goes_on_with_three_or_one(tmp_path: Path, shapes_dir: Path) -> None:
     def train(count: int, folder: Path, max_steps: int) -> Checkpoint:
         common = ("--data-dir", shapes_dir, "--run-dir", folder, "--precision", "fp32", "--sample-every", 0)
-        words = ("train", "--dataset", "shapes", "--batch-size", 12, "--resume", "--max-steps", max_steps, *common)
-        if count == 1:
-            assert run_stage(A, *words) == 0
-        else:
-            for rank, (status, output, error) in enumerate(run(count, f"{A}.py", *words)):
-                assert status == 0, error
-                assert bool(output) == (rank == 0)
+        options = ("--dataset", "shapes", "--batch-size", 12, "--resume", "--max-steps", max_steps)
+        run_stage_a(count, "train", *common, *options)
         return checkpoint.load(folder / "checkpoint.pt", A)
 
     begun = train(2, tmp_path / "two", 3)
@@ -247,13 +252,7 @@ def test_pictures_are_the_same_however_many_processes_draw_them(tmp_path: Path, 
         output = tmp_path / f"{count}.png"
         options = ("--num-images", 9, "--batch-size", 2, "--sampler", "ddim", "--steps", 3)
         files = ("--output", output, "--save-images", tmp_path / f"{count} single")
-        words = ("test", "--run-dir", tmp_path, *options, *files)
-        if count == 1:
-            assert run_stage(A, *words) == 0
-        else:
-            for rank, (status, text, error) in enumerate(run(count, f"{A}.py", *words)):
-                assert status == 0, error
-                assert bool(text) == (rank == 0)
+        run_stage_a(count, "test", "--run-dir", tmp_path, *options, *files)
         single = sorted((tmp_path / f"{count} single").iterdir())
         pictures.append([path.read_bytes() for path in (output, *single)])
         assert len(single) == 9

@@ -487,10 +487,13 @@ def test_what_another_program_has_left_in_the_environment_is_named(
         for variable, value in environment.items():
             patch.setenv(variable, value)
         importlib.reload(distributed)  # it reads the environment when it is imported
-        assert run_stage(A, "test") == UsageError.exit_status
-        error = capsys.readouterr().err
-        assert run_stage(A, "--help") == 0
-    importlib.reload(distributed)
+        try:
+            assert run_stage(A, "test") == UsageError.exit_status
+            error = capsys.readouterr().err
+            assert run_stage(A, "--help") == 0
+        finally:
+            patch.undo()
+            importlib.reload(distributed)
     assert f"environment variable {name}" in error
     assert error.count("\n") == 1
 
@@ -555,15 +558,8 @@ def test_a_data_folder_that_cannot_be_made_is_not_called_unreadable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    words = (
-        "--data-dir",
-        tmp_path / "file" / "data",
-        "--data-url",
-        "http://localhost:9/",
-        "--run-dir",
-        tmp_path / "run",
-    )
-    assert run_stage(A, "train", *words) == 1
+    data = ("--data-dir", tmp_path / "file" / "data", "--data-url", "http://localhost:9/")
+    assert run_stage(A, "train", *data, "--run-dir", tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert f"--data-dir {tmp_path / 'file' / 'data'}: no CIFAR-10 there" in error
     assert error.count("\n") == 1

@@ -41,6 +41,7 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
     if options.save_images:
         distributed.on_first(lambda: check_folder(options.save_images, outputs))
         distributed.on_first(lambda: options.save_images.mkdir(parents=True, exist_ok=True))
+    # Where to, how many moments, how many images, how
     kinds = ((options.film, 50, 64, save_film), (options.trajectory, 10, 8, save_trajectory))
     films = [(path, Film(steps, frames, num_images), save) for path, frames, num_images, save in kinds if path]
     images = draw(trained, options, options.num_images, steps, [film for _, film, _ in films])
