@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -52,6 +53,8 @@ MILESTONES = (1, 5, 10, 20, 40, 60, 80, 100, 120)  # epochs after which the aver
 GRIDS = {"F": "part-f-cifar-aug-output.png", "G": "part-h-cifar-attn-output.png"}  # the others have the script's name
 IDEAS = dict(zip(STAGES, ("16 channels, ReLU", "32 channels", "SiLU", "all skips", "deeper", "flips", "attention")))
 ROW = 5  # of the eight in a grid, counted from 0, to show: the one in which G draws most that can be named
+LABELS = ("automobile", "horse")  # what every stage is asked for, sixteen of each
+LABEL_ROW = 1  # of the four in such a grid to show, chosen likewise
 SAMPLERS = (("ddim", 50), ("ddim", 400), ("ddpm", 50), ("ddpm", 1000))
 TIMES = (0, 50, 100, 200, 300, 450, 600, 999)
 
@@ -105,6 +108,8 @@ def begin_from_assets(letter: str, run_dir: Path) -> None:
     shutil.copy(source, folder / "checkpoint.pt")
     shutil.copy(assets / "logs" / f"{name}-{epoch:04d}.json", folder / "eval.json")
     shutil.copy(assets / "grids" / f"{name}-{epoch:04d}.png", folder / "samples.png")
+    for label in LABELS:
+        shutil.copy(assets / "grids" / label / f"{name}-{epoch:04d}.png", folder / f"{label}.png")
     checkpoint.save(path, {**saved, "model": weights, "ema": weights, "optimizer": dict.fromkeys(range(count))})
 
 
@@ -167,7 +172,7 @@ def report(options: argparse.Namespace, assets: Path) -> None:
     """
     if Figure is None:
         raise UserError("--report: this requires matplotlib; install it with: python -m pip install matplotlib")
-    for name in ("weights", "logs", "grids"):
+    for name in ("weights", "logs", *(f"grids/{label}" for label in LABELS)):
         (assets / name).mkdir(parents=True, exist_ok=True)
     for letter in options.stages:
         run_dir = options.runs / STAGES[letter]
@@ -194,8 +199,12 @@ def milestones(run_dir: Path) -> list[int]:
 
 
 def measure(letter: str, folder: Path, data_dir: Path) -> None:
-    """Draws the grid and measures the numbers of one milestone."""
+    """Draws the grids and measures the numbers of one milestone."""
     make(letter, folder / "samples.png", "test", [])
+    for label in LABELS:
+        path = folder / f"{label}.png"
+        words = ["--label", label, "--steps", "100", "--num-images", "16", "--output", str(path)]
+        make(letter, path, "test", words)
     make(letter, folder / "eval.json", "eval", ["--data-dir", str(data_dir)])
 
 
@@ -223,6 +232,8 @@ def publish(letter: str, folder: Path, assets: Path) -> None:
     milestone = f"{name}-{numbers['epochs']:04d}"
     (assets / "logs" / f"{milestone}.json").write_text(json.dumps(numbers, indent=2) + "\n")
     shutil.copy(folder / "samples.png", assets / "grids" / f"{milestone}.png")
+    for label in LABELS:
+        shutil.copy(folder / f"{label}.png", assets / "grids" / label / f"{milestone}.png")
 
 
 def grid_name(letter: str) -> str:
@@ -281,7 +292,10 @@ def grids(assets: Path, letter: str) -> dict[int, Path]:
 
 
 def ladder(assets: Path) -> None:
-    """A row of pictures for each stage after equally many epochs, then for those that went further."""
+    """A row of pictures for each stage after equally many epochs, then for those that went further.
+
+    Four of each of LABELS, always from the same noise.
+    """
     drawn = {letter: grids(assets, letter) for letter in STAGES}
     common = common_epoch(drawn)
     rows = [(f"{letter}  {IDEAS[letter]}", drawn[letter][common]) for letter in STAGES if common]
@@ -289,7 +303,8 @@ def ladder(assets: Path) -> None:
         if max(by_epoch, default=0) > common:
             rows.append((f"{letter}  {max(by_epoch)} epochs", by_epoch[max(by_epoch)]))
     if rows:
-        picture_rows(rows, assets / "ladder.png")
+        asked = [(text, [path.parent / label / path.name for label in LABELS]) for text, path in rows]
+        picture_rows(asked, LABEL_ROW, assets / "ladder.png")
 
 
 def samplers(folder: Path, assets: Path) -> None:
@@ -317,18 +332,17 @@ def progress(assets: Path) -> None:
     """What G draws from the same noise, milestone by milestone, with its losses."""
     if drawn := grids(assets, "G"):
         losses = {row["epoch"]: row["held_out_loss"] for row in read_log(assets, "G")}
-        rows = [(f"epoch {e}\nloss {losses[e]:.4f}", path) for e, path in drawn.items() if e in losses]
-        picture_rows(rows, assets / "progress.png")
+        rows = [(f"epoch {e}\nloss {losses[e]:.4f}", [path]) for e, path in drawn.items() if e in losses]
+        picture_rows(rows, ROW, assets / "progress.png")
 
 
-def picture_rows(rows: list[tuple[str, Path]], path: Path) -> None:
-    """For each (label, grid) the eight pictures of row ROW of the grid, three times as large."""
+def picture_rows(rows: list[tuple[str, list[Path]]], number: int, path: Path) -> None:
+    """For each (label, grids) what is in row `number`, from 0, of the grids, side by side, three times as large."""
     figure = Figure(figsize=(8, 0.9 * len(rows)), dpi=120)
     room = {"left": 0.2, "right": 1, "bottom": 0, "top": 1, "hspace": 0}  # for the labels, on the left
-    for axes, (label, grid) in zip(figure.subplots(len(rows), squeeze=False, gridspec_kw=room)[:, 0], rows):
-        with Image.open(grid) as image:
-            strip = image.crop((0, 34 * ROW, 274, 34 * ROW + 36))  # with the black lines around it
-            axes.imshow(strip.resize((3 * strip.width, 3 * strip.height), Image.Resampling.NEAREST))
+    for axes, (label, paths) in zip(figure.subplots(len(rows), squeeze=False, gridspec_kw=room)[:, 0], rows):
+        strips = [np.asarray(Image.open(grid))[34 * number : 34 * number + 36] for grid in paths]  # with black lines
+        axes.imshow(np.concatenate(strips, axis=1).repeat(3, axis=0).repeat(3, axis=1))
         axes.set(xticks=[], yticks=[], anchor="E")
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
         for spine in axes.spines.values():

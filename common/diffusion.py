@@ -27,6 +27,7 @@ class NoiseSchedule(nn.Module):
     beta: Tensor  # variance of the noise that step t adds
     alpha: Tensor  # 1 - beta
     alpha_bar: Tensor  # product of alpha[0..t]: the share of the image's variance left in x_t
+    noise_scale: Tensor  # sqrt(1 - alpha_bar), the noise's standard deviation in x_t
 
     def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, beta: Tensor | None = None):
         super().__init__()

@@ -56,7 +56,8 @@ def campaign(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) ->
                 output = (
                     Path(words[words.index("--output") + 1]) if "--output" in words else path.parent / "samples.png"
                 )
-                save_grid(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), output)
+                count = int(words[words.index("--num-images") + 1]) if "--num-images" in words else 64
+                save_grid(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), output)
                 if "--film" in words:
                     Path(words[words.index("--film") + 1]).write_bytes(b"a film")
         return 0
@@ -116,6 +117,7 @@ def test_a_campaign_can_go_on_from_the_weights_that_come_with_the_project(tmp_pa
         ("checkpoint.pt", "weights/part_a_cifar.pt"),
         ("eval.json", f"logs/{milestone}.json"),
         ("samples.png", f"grids/{milestone}.png"),
+        ("horse.png", f"grids/horse/{milestone}.png"),
     ):
         assert (kept / mine).read_bytes() == (ROOT / "assets" / published).read_bytes()
     shutil.rmtree(kept)
@@ -144,8 +146,9 @@ def test_the_report_fills_assets_from_the_runs(
     run_chapter(monkeypatch, *words, "--epochs", 2, "--stages", "A", "G")
     campaign.clear()
     run_chapter(monkeypatch, *words, "--report")
-    # `test` and `eval` of every stage after one epoch, of A and G after two; G's four ways to sample, one with a film
-    assert len(campaign) == 2 * (7 + 2) + 4
+    # `test`, plain and for two classes, and `eval` of every stage after one epoch, of A and G after two; G's four ways
+    # to sample, one with a film
+    assert len(campaign) == 4 * (7 + 2) + 4
     table = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
     assert table[0] == "| after 1 epochs | GFLOP per image | held-out loss ± 0.2500 | bits/dim ± 0.25 |"
     assert table[1] == "| [A](part_a_cifar.py) 16 channels, ReLU | 0.30 | 0.5000 | 0.50 |"
@@ -182,7 +185,7 @@ def test_the_report_fills_assets_from_the_runs(
     run_chapter(monkeypatch, *words, "--report", "--stages", "D")
     with Image.open(assets / "ladder.png") as image:
         assert image.size == (960, 108 * (7 + 3))  # and D after three
-    assert len(campaign) == 3  # D trains, is tested and measured
+    assert len(campaign) == 5  # D trains, is tested three times and measured
 
 
 def test_only_the_report_requires_matplotlib(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.data import seed_everything
+from common.guidance import Classifier
 from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
 from common.run.device import compile_model, pick_device, pick_precision
 from common.run.errors import UsageError, UserError
 from common.run.options import Stage, check_training_options, flag, model_defaults
 
+CLASSIFIER = Path(__file__).resolve().parents[2] / "assets" / "weights" / "classifier.pt"
 MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
 
 
@@ -148,3 +150,10 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
     dataset, progress = saved["training_options"]["dataset"], saved["progress"]
     rows = batch_size if options.compile else 0
     return TrainedModel(path, folder, model, device, precision, dataset, progress["epoch"], progress["step"], rows)
+
+
+def load_classifier(device: torch.device) -> Classifier:
+    """The classifier that comes with the project."""
+    classifier = Classifier().requires_grad_(False).eval().to(device)
+    classifier.load_state_dict(torch.load(CLASSIFIER, map_location=device, weights_only=True))
+    return classifier

@@ -16,6 +16,7 @@ from torch import nn
 from common import __version__
 from common.blocks import ACTIVATIONS
 from common.diffusion import NoiseSchedule
+from common.guidance import CLASSES
 from common.run.datasets import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES
 from common.run.device import DTYPES
 from common.run.errors import UsageError
@@ -259,11 +260,14 @@ def _add_test_options(group: OptionGroup) -> None:
     film = "animated .webp or .gif to write: 64 of the images coming out of the noise (default: none)"
     strip = "PNG to write: 8 of the images at ten moments, from noise to picture (default: none)"
     single = "new or empty folder to write every image to, as a PNG of its own (default: none)"
+    label = "what CIFAR-10's classifier, which comes with the project, is to see in the images (default: anything)"
     add("--num-images", type=whole_number(1, MAX_SAMPLES), default=64, help="images in the grid")
     add("--output", type=path, help="PNG to write (default: samples.png beside the checkpoint)")
     add("--film", type=path, metavar="PATH", help=film)
     add("--trajectory", type=path, metavar="PATH", help=strip)
     add("--save-images", type=path, metavar="DIR", help=single)
+    add("--label", choices=CLASSES, help=label)
+    add("--guidance-scale", type=positive_float, default=10.0, help="how much --label weighs; 1: Bayes' rule")
 
 
 def _add_eval_options(group: OptionGroup) -> None:

@@ -8,10 +8,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.diffusion import NoiseSchedule
+from common.guidance import CLASSES, guided
 from common.run import distributed
 from common.run.device import autocast, noise_predictor
-from common.run.errors import counted, say
-from common.run.models import TrainedModel, load_trained
+from common.run.errors import UsageError, counted, say
+from common.run.models import TrainedModel, load_classifier, load_trained
 from common.run.options import Stage
 from common.run.pictures import (
     FILM_FORMATS,
@@ -34,22 +35,28 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
     steps = options.steps or default_steps(options.sampler, NoiseSchedule().steps)
     outputs = {"--output": options.output, "--film": options.film, "--trajectory": options.trajectory}
     check_outputs(outputs, ENDINGS)
+    if "guidance_scale" in typed and not options.label:
+        raise UsageError("argument --guidance-scale: requires --label")
     trained = load_trained(stage, options, typed, min(options.batch_size, options.num_images))
     output = options.output or trained.folder / "samples.png"
     outputs["--output"] = output
     check_outputs(outputs, ENDINGS, trained.path)
+    if options.label and trained.dataset != "cifar10":
+        reason = f"these are classes of cifar10, and {trained.path} was trained on {trained.dataset}"
+        raise UsageError(f"argument --label: {reason}")
     if options.save_images:
         distributed.on_first(lambda: check_folder(options.save_images, outputs))
         distributed.on_first(lambda: options.save_images.mkdir(parents=True, exist_ok=True))
     # Where to, how many moments, how many images, how
     kinds = ((options.film, 50, 64, save_film), (options.trajectory, 10, 8, save_trajectory))
     films = [(path, Film(steps, frames, num_images), save) for path, frames, num_images, save in kinds if path]
-    images = draw(trained, options, options.num_images, steps, [film for _, film, _ in films])
+    images = draw(trained, options, options.num_images, steps, [film for _, film, _ in films], options.label)
     frames = [film.frames() for _, film, _ in films]
     if distributed.RANK == 0:
         save_grid(images, output)
+        of_class = f" of class {options.label}" if options.label else ""
         say(
-            f"{output}: {counted(len(images), 'image')} by {options.sampler} in {counted(steps, 'step')}, "
+            f"{output}: {counted(len(images), 'image')}{of_class} by {options.sampler} in {counted(steps, 'step')}, "
             f"{options.weights} weights after {counted(trained.epochs, 'epoch')}, {counted(trained.steps, 'step')} of "
             "training"
         )
@@ -65,9 +72,18 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
 
 
 def draw(
-    trained: TrainedModel, options: argparse.Namespace, num_images: int, steps: int, films: Sequence[Film] = ()
+    trained: TrainedModel,
+    options: argparse.Namespace,
+    num_images: int,
+    steps: int,
+    films: Sequence[Film] = (),
+    label: str | None = None,
 ) -> Tensor:
-    """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar and on film."""
+    """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar and on film.
+
+    Args:
+        label: the class of CIFAR-10 that they are to show.
+    """
     hide = distributed.hides_bars()
     total = num_images * steps // distributed.WORLD_SIZE
     with tqdm(total=total, unit=" image steps", desc=options.sampler, disable=hide) as bar:
@@ -77,10 +93,15 @@ def draw(
             for film in films:
                 film(start, step, xt)
 
+        schedule = NoiseSchedule().to(trained.device)
+        predict_noise = noise_predictor(trained.model, trained.precision, trained.compiled_rows)
+        if label:
+            classifier = load_classifier(trained.device)
+            predict_noise = guided(predict_noise, classifier, schedule, CLASSES.index(label), options.guidance_scale)
         with autocast(trained.device, trained.precision):  # around all steps: it keeps the weights that it has cast
             return sample_images(
-                noise_predictor(trained.model, trained.precision, trained.compiled_rows),
-                NoiseSchedule().to(trained.device),
+                predict_noise,
+                schedule,
                 num_images,
                 sampler=options.sampler,
                 steps=steps,
