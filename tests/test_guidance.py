@@ -130,6 +130,21 @@ def test_what_cannot_be_asked_for_is_refused(
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", None])
+def test_a_damaged_classifier_ends_in_one_line(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "classifier.pt"
+    torch.save({}, path) if content is None else path.write_bytes(content)
+    monkeypatch.setattr("common.run.models.CLASSIFIER", path)
+    words = ("test", "--pretrained", "--label", "cat", "--steps", 1, "--num-images", 1, "--run-dir", tmp_path)
+    assert run_stage("part_a_cifar", *words) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(error) == 1
+    assert f"{path}: " in error[0]
+    assert not (tmp_path / "pretrained" / "samples.png").exists()
+
+
 def test_the_classifier_can_be_trained_again(
     cifar10_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,7 +153,12 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
 
 
 def load_classifier(device: torch.device) -> Classifier:
-    """The classifier that comes with the project."""
-    classifier = Classifier().requires_grad_(False).eval().to(device)
-    classifier.load_state_dict(torch.load(CLASSIFIER, map_location=device, weights_only=True))
-    return classifier
+    """The classifier that comes with the project.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    classifier = Classifier().requires_grad_(False).eval()
+    with checkpoint.reading(CLASSIFIER):
+        classifier.load_state_dict(torch.load(CLASSIFIER, map_location="cpu", weights_only=True))
+    return classifier.to(device)
