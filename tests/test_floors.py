@@ -22,8 +22,8 @@ def imported(path: Path) -> set[str]:
     return modules
 
 
-def test_the_lesson_is_five_files() -> None:
-    assert {path.stem for path in LESSON} == {"diffusion", "blocks", "data", "training", "likelihood"}
+def test_the_lesson_is_six_files() -> None:
+    assert {path.stem for path in LESSON} == {"diffusion", "blocks", "data", "training", "likelihood", "guidance"}
 
 
 @pytest.mark.parametrize("path", LESSON, ids=lambda path: path.stem)
