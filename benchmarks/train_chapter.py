@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.throughput import SCHEDULE_STEPS, STAGES, flops_per_image, new_model
 from common.data import random_generator, to_float, to_uint8
 from common.diffusion import NoiseSchedule
+from common.guidance import CLASSES
 from common.run import checkpoint
 from common.run.checkpoint import LOG_COLUMNS
 from common.run.errors import UserError, drop_what_nobody_takes, say
@@ -184,6 +185,7 @@ def report(options: argparse.Namespace, assets: Path) -> None:
             publish(letter, folder, assets)
         if letter == "G" and folders:
             samplers(folders[-1], assets)
+            classes(folders[-1], assets)
     ladder(assets)
     progress(assets)
     losses(assets)
@@ -326,6 +328,17 @@ def samplers(folder: Path, assets: Path) -> None:
         axes.set_axis_off()
         axes.set_title(f"{sampler.upper()}, {steps} steps", fontsize=10)
     save(figure, assets / "samplers.png")
+
+
+def classes(folder: Path, assets: Path) -> None:
+    """Six pictures of each class by G, a column for each; every row starts from the same noise."""
+    columns = []
+    for label in CLASSES:
+        path = folder / f"six-{label}.png"
+        make("G", path, "test", ["--label", label, "--steps", "100", "--num-images", "6", "--output", str(path)])
+        tiles = np.array(Image.open(path))[2:, 2:].reshape(2, 34, 3, 34, 3)[:, :32, :, :32]  # without the black lines
+        columns.append(torch.from_numpy(tiles).permute(0, 2, 4, 1, 3).flatten(0, 1))  # (6, 3, 32, 32)
+    image_table(torch.stack(columns, dim=1).flatten(0, 1), list(CLASSES), assets / "classes.png")
 
 
 def progress(assets: Path) -> None:

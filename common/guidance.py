@@ -1,6 +1,6 @@
 """Guidance: samples of a class that is asked for, by a network that never saw a label (arXiv:2105.05233, section 4).
 
-A second network, the classifier, learns to tell the class y of a noisy image x_t. By Bayes' rule,
+A second network, the classifier, learns to predict the class y of a noisy image x_t. By Bayes' rule,
 
     log p(x_t | y) = log p(x_t) + log p(y | x_t) - log p(y),
 
@@ -20,7 +20,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 class Classifier(nn.Module):
-    """Tells CIFAR-10's class of a noisy image: the left half of a U-Net, and a linear layer instead of the right."""
+    """Predicts the CIFAR-10 class of a noisy image: the left half of a U-Net, then a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,10 +52,12 @@ def guided(
 ) -> NoisePredictor:
     """Predicts noise as `predict_noise` does, but so that what is sampled with it shows the class `label` (eq. 14).
 
+    The paper does this for DDIM, and shifts the mean of DDPM's steps instead, which to first order is the same.
+
     Args:
         classifier: x_t (B, C, H, W) and t (B,) -> log p(y | x_t) of each class y, as a Classifier computes it.
         label: the class, from 0 on; of a Classifier an index into CLASSES.
-        scale: 1 is Bayes' rule; more makes samples plainer, and more alike.
+        scale: 1 is Bayes' rule; more makes the class clearer, and the samples more alike.
     """
 
     def predict_guided_noise(xt: Tensor, t: Tensor) -> Tensor:

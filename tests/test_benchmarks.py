@@ -147,8 +147,8 @@ def test_the_report_fills_assets_from_the_runs(
     campaign.clear()
     run_chapter(monkeypatch, *words, "--report")
     # `test`, plain and for two classes, and `eval` of every stage after one epoch, of A and G after two; G's four ways
-    # to sample, one with a film
-    assert len(campaign) == 4 * (7 + 2) + 4
+    # to sample, one with a film, and its ten classes
+    assert len(campaign) == 4 * (7 + 2) + 4 + 10
     table = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
     assert table[0] == "| after 1 epochs | GFLOP per image | held-out loss ± 0.2500 | bits/dim ± 0.25 |"
     assert table[1] == "| [A](part_a_cifar.py) 16 channels, ReLU | 0.30 | 0.5000 | 0.50 |"
@@ -162,7 +162,7 @@ def test_the_report_fills_assets_from_the_runs(
         assert saved["progress"]["epoch"] == 2
         assert len((assets / "logs" / f"{stage}.csv").read_text().splitlines()) == 3
     assert (assets / "denoising.webp").read_bytes() == b"a film"
-    for name in ("samplers", "losses", "forward-noising"):
+    for name in ("samplers", "classes", "losses", "forward-noising"):
         with Image.open(assets / f"{name}.png") as image:
             image.load()
     for name, rows in (("ladder", 7 + 2), ("progress", 2)):  # all after one epoch, A and G after two; G after each

@@ -160,5 +160,6 @@ def load_classifier(device: torch.device) -> Classifier:
     """
     classifier = Classifier().requires_grad_(False).eval()
     with checkpoint.reading(CLASSIFIER):
-        classifier.load_state_dict(torch.load(CLASSIFIER, map_location="cpu", weights_only=True))
+        weights = torch.load(CLASSIFIER, map_location="cpu", weights_only=True)
+    checkpoint.load_weights(classifier, weights, CLASSIFIER)
     return classifier.to(device)

@@ -260,14 +260,15 @@ def _add_test_options(group: OptionGroup) -> None:
     film = "animated .webp or .gif to write: 64 of the images coming out of the noise (default: none)"
     strip = "PNG to write: 8 of the images at ten moments, from noise to picture (default: none)"
     single = "new or empty folder to write every image to, as a PNG of its own (default: none)"
-    label = "what CIFAR-10's classifier, which comes with the project, is to see in the images (default: anything)"
+    label = "class of CIFAR-10 to sample, guided by the classifier that comes with the project (default: any)"
+    scale = partial(_number, kind=float, accept=lambda value: 0 < value <= 1e6, expected="above 0, at most 1000000")
     add("--num-images", type=whole_number(1, MAX_SAMPLES), default=64, help="images in the grid")
     add("--output", type=path, help="PNG to write (default: samples.png beside the checkpoint)")
     add("--film", type=path, metavar="PATH", help=film)
     add("--trajectory", type=path, metavar="PATH", help=strip)
     add("--save-images", type=path, metavar="DIR", help=single)
     add("--label", choices=CLASSES, help=label)
-    add("--guidance-scale", type=positive_float, default=10.0, help="how much --label weighs; 1: Bayes' rule")
+    add("--guidance-scale", type=scale, default=10.0, help="how strongly --label counts; 1: Bayes' rule")
 
 
 def _add_eval_options(group: OptionGroup) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.diffusion import NoiseSchedule
-from common.guidance import CLASSES, guided
+from common.guidance import CLASSES, Classifier, guided
 from common.run import distributed
 from common.run.device import autocast, noise_predictor
 from common.run.errors import UsageError, counted, say
@@ -44,13 +44,14 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
     if options.label and trained.dataset != "cifar10":
         reason = f"these are classes of cifar10, and {trained.path} was trained on {trained.dataset}"
         raise UsageError(f"argument --label: {reason}")
+    classifier = load_classifier(trained.device) if options.label else None
     if options.save_images:
         distributed.on_first(lambda: check_folder(options.save_images, outputs))
         distributed.on_first(lambda: options.save_images.mkdir(parents=True, exist_ok=True))
     # Where to, how many moments, how many images, how
     kinds = ((options.film, 50, 64, save_film), (options.trajectory, 10, 8, save_trajectory))
     films = [(path, Film(steps, frames, num_images), save) for path, frames, num_images, save in kinds if path]
-    images = draw(trained, options, options.num_images, steps, [film for _, film, _ in films], options.label)
+    images = draw(trained, options, options.num_images, steps, [film for _, film, _ in films], classifier)
     frames = [film.frames() for _, film, _ in films]
     if distributed.RANK == 0:
         save_grid(images, output)
@@ -77,12 +78,12 @@ def draw(
     num_images: int,
     steps: int,
     films: Sequence[Film] = (),
-    label: str | None = None,
+    classifier: Classifier | None = None,
 ) -> Tensor:
     """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar and on film.
 
     Args:
-        label: the class of CIFAR-10 that they are to show.
+        classifier: what is to see the class --label in them.
     """
     hide = distributed.hides_bars()
     total = num_images * steps // distributed.WORLD_SIZE
@@ -95,9 +96,9 @@ def draw(
 
         schedule = NoiseSchedule().to(trained.device)
         predict_noise = noise_predictor(trained.model, trained.precision, trained.compiled_rows)
-        if label:
-            classifier = load_classifier(trained.device)
-            predict_noise = guided(predict_noise, classifier, schedule, CLASSES.index(label), options.guidance_scale)
+        if classifier:
+            label = CLASSES.index(options.label)
+            predict_noise = guided(predict_noise, classifier, schedule, label, options.guidance_scale)
         with autocast(trained.device, trained.precision):  # around all steps: it keeps the weights that it has cast
             return sample_images(
                 predict_noise,
