@@ -46,19 +46,18 @@ def main() -> None:
     classifier, schedule = Classifier().to(device), NoiseSchedule().to(device)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3, fused=True)
     learning_rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
-    with trange(options.steps) as bar:
-        for _ in bar:
-            index = torch.randint(len(images), (BATCH_SIZE,), device=device)
-            x0 = random_hflip(to_float(images[index]))
-            t = torch.randint(schedule.steps, (BATCH_SIZE,), device=device)
-            xt = schedule.add_noise(x0, t, torch.randn_like(x0))
-            with autocast(device, precision):
-                log_p = classifier(xt, t)
-            loss = torch.nn.functional.nll_loss(log_p.float(), labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            learning_rate.step()
+    for _ in trange(options.steps):
+        index = torch.randint(len(images), (BATCH_SIZE,), device=device)
+        x0 = random_hflip(to_float(images[index]))
+        t = torch.randint(schedule.steps, (BATCH_SIZE,), device=device)
+        xt = schedule.add_noise(x0, t, torch.randn_like(x0))
+        with autocast(device, precision):
+            log_p = classifier(xt, t)
+        loss = torch.nn.functional.nll_loss(log_p.float(), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        learning_rate.step()
     with atomic_write(options.output) as file:
         torch.save({name: weight.half() for name, weight in classifier.state_dict().items()}, file)
 
