@@ -39,8 +39,11 @@ class Classifier(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor) -> Tensor:
         """xt: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns log p(y | x_t), (B, 10)."""
-        h = self.blocks(xt, self.embed(t))
-        return self.out(h.mean(dim=(2, 3))).log_softmax(dim=1)
+        return self.out(self.features(xt, t)).log_softmax(dim=1)
+
+    def features(self, xt: Tensor, t: Tensor) -> Tensor:
+        """What the classes are told apart by, (B, 256)."""
+        return self.blocks(xt, self.embed(t)).mean(dim=(2, 3))
 
 
 def guided(

@@ -369,6 +369,7 @@ MISTAKES = [
     (A, "eval --num-images 10001", "--num-images"),
     (A, "eval --fid 1", "--fid"),
     (A, "eval --fid all", "--fid"),
+    (A, "eval --fid-network classifier", "--fid-network"),
     (A, "eval --sampler ddim --steps 1001", "--steps"),
     (A, "eval --steps 1001", "--steps"),
     (A, "eval --weights best", "--weights"),

@@ -24,11 +24,13 @@ from common.likelihood import (
     stratified_mean,
 )
 from common.run import evaluate
+from common.run.datasets import load_images
 from common.run.errors import UserError
 from common.run.evaluate import measure_bound, measure_losses
 from tests.conftest import run_stage
 
 A = "part_a_cifar"
+CPU = torch.device("cpu")
 
 SIGMA = 0.2  # of the Gaussian data, which stays within [-1, 1] up to five standard deviations
 
@@ -248,7 +250,7 @@ def make_pictures(count: int, seed: int, brightness: int) -> Tensor:
 def test_fid_is_the_frechet_distance_of_two_normal_distributions() -> None:
     pytest.importorskip("torchmetrics")
     samples, images = make_pictures(300, 0, 200), make_pictures(700, 1, 256)
-    value = evaluate.fid(evaluate.new_fid(torch.device("cpu"), Colours()), samples, images)
+    value = evaluate.fid(evaluate.new_fid(CPU, Colours()), samples, images)
     a, b = (Colours()(pictures).double().numpy() for pictures in (samples, images))
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b))
     roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0))
@@ -256,10 +258,21 @@ def test_fid_is_the_frechet_distance_of_two_normal_distributions() -> None:
     assert value == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_classifier_tells_pictures_that_are_not_of_cifar10(cifar10_dir: Path) -> None:
+    """Upside down they have the colours and the sharpness of real ones."""
+    pytest.importorskip("torchmetrics")
+    images = load_images("cifar10", cifar10_dir, train=False)
+    metric = evaluate.new_fid(CPU, evaluate.ClassifierFeatures(CPU))
+    real = evaluate.fid(metric, images[:1000], images[1000:4000])
+    metric.reset()
+    upside_down = evaluate.fid(metric, images[:1000].flip(2), images[1000:4000])
+    assert 0 < real < 0.5 < upside_down
+
+
 def test_fid_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(UserError, match=r'--fid.*pip install "torchmetrics\[image\]"'):
-        evaluate.new_fid(torch.device("cpu"))
+        evaluate.new_fid(CPU)
 
 
 def test_fid_without_the_weights_says_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +283,7 @@ def test_fid_without_the_weights_says_where_they_belong(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(fid, "FrechetInceptionDistance", no_network)
     with pytest.raises(UserError, match=r"--fid.*Network is unreachable.*torch/hub/checkpoints"):
-        evaluate.new_fid(torch.device("cpu"))
+        evaluate.new_fid(CPU)
 
 
 # The command
@@ -286,12 +299,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path) -> Path:
 
 @pytest.mark.usefixtures("short_eval")
 def test_eval_prints_a_table_and_leaves_its_numbers_in_the_run_folder(
-    run_dir: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torchmetrics")
-    new_fid = evaluate.new_fid
-    monkeypatch.setattr(evaluate, "new_fid", lambda device: new_fid(device, Colours()))
-    options = ("--num-images", 6, "--fid", 5, "--sampler", "ddim", "--steps", 2, "--seed", 4)
+    fid_options = ("--fid", 5, "--fid-network", "classifier", "--sampler", "ddim", "--steps", 2)
+    options = ("--num-images", 6, "--seed", 4, *fid_options)
     capsys.readouterr()
     assert run_stage(A, "eval", "--data-dir", shapes_dir, "--run-dir", run_dir, *options) == 0
     output = capsys.readouterr().out
@@ -304,10 +316,10 @@ def test_eval_prints_a_table_and_leaves_its_numbers_in_the_run_folder(
     assert loss["mean"] == pytest.approx(np.mean([quarter["mean"] for quarter in loss["quarters"]]))
     parts = sum(bits[name]["mean"] for name in ("prior", "kl", "decoder"))
     assert bits["total"]["mean"] == pytest.approx(parts)
-    assert (fid["samples"], fid["sampler"], fid["sampling_steps"]) == (5, "ddim", 2)
+    assert (fid["network"], fid["samples"], fid["sampler"], fid["sampling_steps"]) == ("classifier", 5, "ddim", 2)
     for number in (loss["mean"], loss["standard_error"], bits["total"]["mean"], bits["kl"]["standard_error"]):
         assert f"| {number:.5f} |" in output
-    assert f"| {fid['value']:.3f} |" in output
+    assert f"| Fréchet classifier distance (5 samples) | {fid['value']:.3f} |" in output
 
 
 @pytest.mark.usefixtures("short_eval")

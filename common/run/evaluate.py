@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import __version__
+from common.data import to_float
 from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
 from common.likelihood import (
     HELD_OUT_BLOCK,
@@ -28,12 +29,14 @@ from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.datasets import DATASETS, load_images
 from common.run.device import noise_predictor
-from common.run.errors import UserError, counted, printable, say
-from common.run.models import TrainedModel, load_trained
+from common.run.errors import UsageError, UserError, counted, printable, say
+from common.run.models import TrainedModel, load_classifier, load_trained
 from common.run.options import Stage
 from common.run.own_images import check_place
 from common.run.pictures import check_outputs, default_steps
 from common.run.test import draw
+
+INCEPTION = 2048  # torchmetrics' name for the 2048 features of Inception's last layer but one
 
 Report = dict[str, Any]
 
@@ -41,13 +44,16 @@ Report = dict[str, Any]
 def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Measures what a stage has learned. Returns the exit status."""
     steps = options.steps or default_steps(options.sampler, NoiseSchedule().steps)
+    if "fid_network" in typed and not options.fid:
+        raise UsageError("argument --fid-network: requires --fid")
     if options.dataset not in (None, *DATASETS):
         distributed.on_first(lambda: check_place(options.dataset))
     largest = max(HELD_OUT_BLOCK, min(options.fid, options.batch_size)) if options.fid else HELD_OUT_BLOCK
     trained = load_trained(stage, options, typed, largest)
     output = options.output or trained.folder / "eval.json"
     check_outputs({"--output": output}, {"--output": [".json"]}, trained.path)
-    fid_metric = new_fid(trained.device) if options.fid else None  # now, for it may be missing
+    network = ClassifierFeatures(trained.device) if options.fid_network == "classifier" else INCEPTION
+    fid_metric = new_fid(trained.device, network) if options.fid else None  # now, for it may be missing
     dataset = options.dataset or trained.dataset
     data = partial(load_images, dataset, options.data_dir, data_url=options.data_url)
     held_out = data(train=False)
@@ -100,7 +106,8 @@ def _bits_per_dim(bound: Bound) -> Report:
 def _fid(metric: Any, trained: TrainedModel, options: argparse.Namespace, steps: int, images: Tensor) -> Report:
     samples = draw(trained, options, options.fid, steps)
     value = fid(metric, samples, images) if distributed.RANK == 0 else None
-    return {"value": value, "samples": len(samples), "sampler": options.sampler, "sampling_steps": steps}
+    how = {"network": options.fid_network, "sampler": options.sampler, "sampling_steps": steps}
+    return {"value": value, "samples": len(samples), **how}
 
 
 def _table(report: Report) -> str:
@@ -118,18 +125,33 @@ def _table(report: Report) -> str:
         *(f"| {name} | {estimate['mean']:.5f} | {estimate['standard_error']:.5f} |" for name, estimate in rows),
     ]
     if "fid" in report:
-        lines.append(f"| FID ({report['fid']['samples']:,} samples) | {report['fid']['value']:.3f} | |")
+        distance = report["fid"]
+        name = "FID" if distance["network"] == "inception" else f"Fréchet {distance['network']} distance"
+        lines.append(f"| {name} ({distance['samples']:,} samples) | {distance['value']:.3f} | |")
     return "\n".join(lines)
 
 
 # Fréchet inception distance
 
 
-def new_fid(device: torch.device, feature: Any = 2048) -> Any:
+class ClassifierFeatures(nn.Module):
+    """What the classifier of `test --label` sees in uint8 images (B, 3, 32, 32), as 256 features (B, 256)."""
+
+    num_features = 256
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.classifier = load_classifier(device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.features(to_float(images), torch.zeros_like(images[:, 0, 0, 0], dtype=torch.int64))
+
+
+def new_fid(device: torch.device, feature: Any = INCEPTION) -> Any:
     """torchmetrics' FrechetInceptionDistance, with the weights of its network.
 
     Args:
-        feature: 2048, the network's last layer, or a network that maps uint8 (B, 3, 32, 32) to features (B, D).
+        feature: INCEPTION, or a network that maps uint8 (B, 3, 32, 32) to features (B, D).
 
     Raises:
         UserError: it is not installed, or its weights are neither here nor to be had.

@@ -276,10 +276,12 @@ def _add_eval_options(group: OptionGroup) -> None:
     bits = "held-out images whose bits per dimension are measured, at most; the loss is measured on all"
     exact = "sum up all 999 KL terms of the bound for each image, instead of estimating their sum from 10"
     fid = 'Frechet inception distance of N samples; requires "torchmetrics[image]" (default: not measured)'
+    network = "whose features --fid compares: Inception's, or those of the classifier that comes with the project"
     add("--output", type=path, help="JSON file to write (default: eval.json beside the checkpoint)")
     add("--num-images", type=images, default=1000, help=bits)
     add("--exact", action="store_true", help=exact)
     add("--fid", type=whole_number(2, MAX_SAMPLES), metavar="N", help=fid)
+    add("--fid-network", choices=("inception", "classifier"), default="inception", help=network)
 
 
 def _add_sampling_options(group: OptionGroup) -> None:
