@@ -97,6 +97,8 @@ def test_every_command_runs_word_for_word(
     suffix = SHORT[arguments[0]].split()
     if arguments[0] != "test":
         suffix += ["--data-dir", str(shapes_dir)]
+    if "--fid" in arguments:
+        suffix += ["--fid", "2", "--steps", "2", "--dataset", "shapes"]
     if arguments[0] == "train" and "--resume" not in arguments:
         suffix += ["--overwrite"]
     assert run_stage(name, *arguments, *suffix) == 0
