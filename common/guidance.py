@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         return self.out(self.features(xt, t)).log_softmax(dim=1)
 
     def features(self, xt: Tensor, t: Tensor) -> Tensor:
-        """What the classes are told apart by, (B, 256)."""
+        """What forward tells the classes apart by, (B, 256)."""
         return self.blocks(xt, self.embed(t)).mean(dim=(2, 3))
 
 

@@ -298,28 +298,35 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path) -> Path:
 
 
 @pytest.mark.usefixtures("short_eval")
+@pytest.mark.parametrize(("network", "name"), [("inception", "FID"), ("classifier", "Fréchet classifier distance")])
 def test_eval_prints_a_table_and_leaves_its_numbers_in_the_run_folder(
-    run_dir: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str]
+    network: str,
+    name: str,
+    run_dir: Path,
+    shapes_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("torchmetrics")
-    fid_options = ("--fid", 5, "--fid-network", "classifier", "--sampler", "ddim", "--steps", 2)
+    monkeypatch.setattr(evaluate, "INCEPTION", Colours())
+    fid_options = ("--fid", 5, "--fid-network", network, "--sampler", "ddim", "--steps", 2)
     options = ("--num-images", 6, "--seed", 4, *fid_options)
     capsys.readouterr()
     assert run_stage(A, "eval", "--data-dir", shapes_dir, "--run-dir", run_dir, *options) == 0
     output = capsys.readouterr().out
     report = json.loads((run_dir / "eval.json").read_text())
-    assert {name: report[name] for name in ("stage", "weights", "epochs", "steps", "dataset", "seed")} == {
+    assert {key: report[key] for key in ("stage", "weights", "epochs", "steps", "dataset", "seed")} == {
         "stage": A, "weights": "ema", "epochs": 0, "steps": 3, "dataset": "shapes", "seed": 4,
     }  # fmt: skip
     loss, bits, fid = report["loss"], report["bits_per_dim"], report["fid"]
     assert (loss["images"], bits["images"], bits["exact"]) == (200, 6, False)
     assert loss["mean"] == pytest.approx(np.mean([quarter["mean"] for quarter in loss["quarters"]]))
-    parts = sum(bits[name]["mean"] for name in ("prior", "kl", "decoder"))
+    parts = sum(bits[part]["mean"] for part in ("prior", "kl", "decoder"))
     assert bits["total"]["mean"] == pytest.approx(parts)
-    assert (fid["network"], fid["samples"], fid["sampler"], fid["sampling_steps"]) == ("classifier", 5, "ddim", 2)
+    assert (fid["network"], fid["samples"], fid["sampler"], fid["sampling_steps"]) == (network, 5, "ddim", 2)
     for number in (loss["mean"], loss["standard_error"], bits["total"]["mean"], bits["kl"]["standard_error"]):
         assert f"| {number:.5f} |" in output
-    assert f"| Fréchet classifier distance (5 samples) | {fid['value']:.3f} |" in output
+    assert f"| {name} (5 samples) | {fid['value']:.3f} |" in output
 
 
 @pytest.mark.usefixtures("short_eval")

@@ -36,7 +36,7 @@ from common.run.own_images import check_place
 from common.run.pictures import check_outputs, default_steps
 from common.run.test import draw
 
-INCEPTION = 2048  # torchmetrics' name for the 2048 features of Inception's last layer but one
+INCEPTION = 2048  # torchmetrics' name for the 2048 features of Inception's last pooling layer
 
 Report = dict[str, Any]
 
@@ -106,8 +106,13 @@ def _bits_per_dim(bound: Bound) -> Report:
 def _fid(metric: Any, trained: TrainedModel, options: argparse.Namespace, steps: int, images: Tensor) -> Report:
     samples = draw(trained, options, options.fid, steps)
     value = fid(metric, samples, images) if distributed.RANK == 0 else None
-    how = {"network": options.fid_network, "sampler": options.sampler, "sampling_steps": steps}
-    return {"value": value, "samples": len(samples), **how}
+    return {
+        "value": value,
+        "network": options.fid_network,
+        "samples": len(samples),
+        "sampler": options.sampler,
+        "sampling_steps": steps,
+    }
 
 
 def _table(report: Report) -> str:
@@ -126,7 +131,7 @@ def _table(report: Report) -> str:
     ]
     if "fid" in report:
         distance = report["fid"]
-        name = "FID" if distance["network"] == "inception" else f"Fréchet {distance['network']} distance"
+        name = {"inception": "FID", "classifier": "Fréchet classifier distance"}[distance["network"]]
         lines.append(f"| {name} ({distance['samples']:,} samples) | {distance['value']:.3f} | |")
     return "\n".join(lines)
 
@@ -135,7 +140,7 @@ def _table(report: Report) -> str:
 
 
 class ClassifierFeatures(nn.Module):
-    """What the classifier of `test --label` sees in uint8 images (B, 3, 32, 32), as 256 features (B, 256)."""
+    """What the classifier of `test --label` sees in uint8 images (B, 3, 32, 32): their features, (B, 256)."""
 
     num_features = 256
 
