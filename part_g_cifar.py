@@ -41,7 +41,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = group_norm(in_channels, norm_groups)
         self.qkv = nn.Conv1d(in_channels, 3 * in_channels, kernel_size=1)
-        self.attn = nn.MultiheadAttention(in_channels, num_heads=1, batch_first=True)
+        self.attn = nn.MultiheadAttention(in_channels, num_heads=1, batch_first=True)  # projects q, k, v once more
         self.out = nn.Conv1d(in_channels, in_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:

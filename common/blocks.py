@@ -83,8 +83,8 @@ class TimestepBlockSequential(nn.Sequential, TimestepBlock):
 class ResnetBlock(TimestepBlock):
     """Two 3x3 convolutions with the time step added between them, and a shortcut around both.
 
-    The residual block of DDPM (arXiv:2006.11239, appendix B) without its dropout. As there, the second convolution
-    starts at zero: an untrained block is its shortcut.
+    The residual block of DDPM (arXiv:2006.11239, appendix B) without its dropout. As in its code, the second
+    convolution starts at zero: an untrained block is its shortcut.
 
     Args:
         in_channels, out_channels: numbers of channels that `group_norm` takes.
