@@ -33,7 +33,7 @@ from torchvision.datasets import CIFAR10
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+    from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError:
     Figure = None  # type: ignore[assignment, misc]  # only --report draws
 
@@ -186,6 +186,7 @@ def report(options: argparse.Namespace, assets: Path) -> None:
         if letter == "G" and folders:
             samplers(folders[-1], assets)
             classes(folders[-1], assets)
+    stage_grids(assets)
     ladder(assets)
     progress(assets)
     losses(assets)
@@ -219,11 +220,9 @@ def make(letter: str, path: Path, command: str, words: list[str]) -> None:
 
 
 def publish(letter: str, folder: Path, assets: Path) -> None:
-    """Copies one milestone to assets/; called in ascending order, so that the furthest one's weights and grid stay."""
+    """Copies one milestone to assets/; called in ascending order, so that the furthest one's weights stay."""
     name = STAGES[letter]
     shutil.copy(folder / "checkpoint.pt", assets / "weights" / f"{name}.pt")
-    with Image.open(folder / "samples.png") as grid:
-        grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(assets / grid_name(letter))
     saved = checkpoint.load(folder / "checkpoint.pt", name, ema_only=True)
     with open(assets / "logs" / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
@@ -236,10 +235,6 @@ def publish(letter: str, folder: Path, assets: Path) -> None:
     shutil.copy(folder / "samples.png", assets / "grids" / f"{milestone}.png")
     for label in LABELS:
         shutil.copy(folder / f"{label}.png", assets / "grids" / label / f"{milestone}.png")
-
-
-def grid_name(letter: str) -> str:
-    return GRIDS.get(letter, f"{STAGES[letter].replace('_', '-')}-output.png")
 
 
 def read_log(assets: Path, letter: str) -> list[dict[str, float]]:
@@ -291,6 +286,19 @@ def results_table(assets: Path) -> str:
 def grids(assets: Path, letter: str) -> dict[int, Path]:
     """What one stage has drawn, by epoch, in ascending order; always from the same noise."""
     return {int(path.stem[-4:]): path for path in sorted((assets / "grids").glob(f"{STAGES[letter]}-*.png"))}
+
+
+def stage_grids(assets: Path) -> None:
+    """The grid of each stage after equally many epochs, and G's furthest, twice as large."""
+    drawn = {letter: grids(assets, letter) for letter in STAGES}
+    common = common_epoch(drawn)
+    names = {letter: GRIDS.get(letter, f"{name.replace('_', '-')}-output.png") for letter, name in STAGES.items()}
+    shown = {names[letter]: by_epoch.get(common) for letter, by_epoch in drawn.items()}
+    shown["furthest.png"] = drawn["G"].get(max(drawn["G"], default=0))
+    for name, path in shown.items():
+        if path:
+            with Image.open(path) as grid:
+                grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(assets / name)
 
 
 def ladder(assets: Path) -> None:
@@ -364,19 +372,17 @@ def picture_rows(rows: list[tuple[str, list[Path]]], number: int, path: Path) ->
 
 
 def losses(assets: Path) -> None:
-    """Held-out loss against the epoch."""
+    """Held-out loss against the epoch, from the third on: the steep fall before would press the rest together."""
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for letter in STAGES:
         if (assets / "logs" / f"{STAGES[letter]}.csv").exists():
-            rows = read_log(assets, letter)
+            rows = read_log(assets, letter)[2:]
             label = f"{letter}  {IDEAS[letter]}"
             axes.plot([row["epoch"] for row in rows], [row["held_out_loss"] for row in rows], ".-", label=label)
-    axes.set(xlabel="epoch", ylabel="held-out loss of the averaged weights", yscale="log")
+    axes.set(xlabel="epoch", ylabel="held-out loss of the averaged weights")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter(ScalarFormatter())
-    axes.grid(which="both", alpha=0.3)
+    axes.grid(alpha=0.3)
     axes.legend()
     save(figure, assets / "losses.png")
 

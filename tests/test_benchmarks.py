@@ -57,7 +57,8 @@ def campaign(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) ->
                     Path(words[words.index("--output") + 1]) if "--output" in words else path.parent / "samples.png"
                 )
                 count = int(words[words.index("--num-images") + 1]) if "--num-images" in words else 64
-                save_grid(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), output)
+                grey = numbers["epochs"]  # tells which epoch's grid it is
+                save_grid(torch.full((count, 3, 32, 32), grey, dtype=torch.uint8), output)
                 if "--film" in words:
                     Path(words[words.index("--film") + 1]).write_bytes(b"a film")
         return 0
@@ -155,9 +156,11 @@ def test_the_report_fills_assets_from_the_runs(
     assert [row[3] for row in table[1:]] == [*"ABCDEFG", "A", "G"]
     assert all(") after 2 epochs | " in row for row in table[-2:])
     assets = tmp_path / "assets"
-    for name, stage in (("part-a-cifar", "part_a_cifar"), ("part-h-cifar-attn", "part_g_cifar")):
-        with Image.open(assets / f"{name}-output.png") as grid:
+    for name, epoch in (("part-a-cifar-output", 1), ("part-h-cifar-attn-output", 1), ("furthest", 2)):
+        with Image.open(assets / f"{name}.png") as grid:
             assert grid.size == (548, 548)
+            assert grid.getextrema() == ((0, epoch),) * 3  # the lines between the pictures are black
+    for stage in ("part_a_cifar", "part_g_cifar"):
         saved = checkpoint.load(assets / "weights" / f"{stage}.pt", stage, ema_only=True)
         assert saved["progress"]["epoch"] == 2
         assert len((assets / "logs" / f"{stage}.csv").read_text().splitlines()) == 3
