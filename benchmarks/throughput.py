@@ -20,8 +20,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
-from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.diffusion import NoiseSchedule, ddpm
 from common.run.checkpoint import RunOptions
-from common.run.datasets import IMAGE_SHAPE, load_images
+from common.run.datasets import IMAGE_SHAPE, load_cifar10, load_images
 from common.run.device import (
     DTYPES,
     compile_model,
@@ -75,7 +75,9 @@ def plain_training(stage: str, device: torch.device, data_dir: Path) -> Iterator
     model = new_model(stage).to(device)
     flip = [transforms.RandomHorizontalFlip()] if stage in FLIPPED else []
     transform = transforms.Compose([*flip, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
-    loader = DataLoader(CIFAR10(str(data_dir), transform=transform), batch_size=BATCH_SIZE, shuffle=True)
+    data = load_cifar10(data_dir)
+    data.transform = transform
+    loader = DataLoader(data, batch_size=BATCH_SIZE, shuffle=True)
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, SCHEDULE_STEPS)).cumprod(0).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     total = 0.0
@@ -127,72 +129,54 @@ def new_noise(device: torch.device) -> tuple[torch.Tensor, torch.Generator]:
     return torch.randn(SAMPLED, *IMAGE_SHAPE, device=device), torch.Generator(device)
 
 
-# The two processes
+# What each of the two processes does when it is asked, and what it keeps in between
+
+ours: bool
+options: argparse.Namespace
+device: torch.device
+precision: str
+steps: Iterator[None]
 
 
-def work(connection: Connection, ours: bool, options: argparse.Namespace) -> None:
-    """Does what it is asked for through the connection, and answers, until it is asked for nothing."""
+def start(*arguments: Any) -> None:
+    global ours, options, device, precision
+    ours, options = arguments
     device = pick_device(options.device)
     precision = pick_precision(options.precision if ours else "fp32", device)
     if ours:
         keep_freed_memory()
-    steps: Iterator[None] = iter(())
-    while request := connection.recv():
-        what, argument = request
-        synchronize(device)
-        started = time.perf_counter()
-        if what == "train":
-            steps = (
-                our_training(argument, device, options.data_dir, precision, options.compiled["train"])
-                if ours
-                else plain_training(argument, device, options.data_dir)
-            )
-            next(steps)
-        elif what == "sample":
-            steps = (
-                our_sampling(argument, device, precision, options.compiled["sample"])
-                if ours
-                else plain_sampling(argument, device)
-            )
-            next(steps)
-        elif what == "steps":
-            for _ in range(argument):
-                next(steps)
-        elif what == "memory":
-            connection.send(peak_memory(device))
-            continue
-        elif what == "matmul":
-            connection.send(matmul_flops(device, DTYPES[precision]))
-            continue
-        synchronize(device)
-        connection.send(time.perf_counter() - started)
 
 
-class Worker:
-    """A process that runs `work`."""
-
-    def __init__(self, ours: bool, options: argparse.Namespace):
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, ours, options), daemon=True)
-        self.process.start()
-        other.close()
-
-    def ask(self, what: str, argument: Any = None) -> Any:
-        self.connection.send((what, argument))
-        return self.connection.recv()
-
-    def stop(self) -> None:
-        self.connection.send(None)
-        self.process.join()
+def begin(stage: str, what: str) -> float:
+    """Takes the first step of a training or a sampling. Returns the seconds."""
+    global steps
+    if what == "train" and ours:
+        steps = our_training(stage, device, options.data_dir, precision, options.compiled["train"])
+    elif what == "train":
+        steps = plain_training(stage, device, options.data_dir)
+    elif ours:
+        steps = our_sampling(stage, device, precision, options.compiled["sample"])
+    else:
+        steps = plain_sampling(stage, device)
+    return advance(1)
 
 
-def synchronize(device: torch.device) -> None:
+def advance(count: int) -> float:
+    """Takes so many steps. Returns the seconds."""
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory() -> float:
     """The most memory that tensors took on the GPU, or the whole process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
@@ -200,16 +184,16 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops() -> float:
     """Operations per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
     seconds = []
     for _ in range(13):
-        synchronize(device)
+        synchronize()
         started = time.perf_counter()
         torch.mm(a, b)
-        synchronize(device)
+        synchronize()
         seconds.append(time.perf_counter() - started)
     return 2 * n**3 / statistics.median(seconds[3:])
 
@@ -219,38 +203,44 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def measure(stage: str, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
     """One stage's numbers. Rates are medians over the turns, ratios medians over the ratios of neighbouring turns."""
-    plain, ours = workers = [Worker(False, options), Worker(True, options)]
     row: dict[str, Any] = {"stage": stage}
     peaks: dict[str, list[float]] = {"plain": [], "ours": []}
-    for what, images_per_step in (("train", BATCH_SIZE), ("sample", SAMPLED / SCHEDULE_STEPS)):
-        bar.set_description(f"{stage} {what}")
-        first_step = [worker.ask(what, stage) for worker in workers]
-        for worker in workers:
-            worker.ask("steps", 5)  # a GPU's first steps are not like the others
-        lengths = [max(1, round(options.seconds / worker.ask("steps", 1))) for worker in workers]
-        if what == "train":  # before the matrix products, which take memory too
-            row["peak_memory"] = dict(zip(peaks, [worker.ask("memory") for worker in workers]))
-        rates: list[list[float]] = []
-        for _ in range(options.repeats):
-            turn = [n * images_per_step / worker.ask("steps", n) for n, worker in zip(lengths, workers)]
-            rates.append(turn)
-            peaks["plain"].append(plain.ask("matmul"))
-            peaks["ours"].append(ours.ask("matmul"))
-            bar.update()
-        row[what] = {
-            "plain": statistics.median(r[0] for r in rates),
-            "ours": statistics.median(r[1] for r in rates),
-            "ratio": statistics.median(r[1] / r[0] for r in rates),
-            "flops_per_image": flops_per_image(stage, what),
-            "first_step_seconds": dict(zip(peaks, first_step)),
-        }
+    with ExitStack() as stack:
+        context = multiprocessing.get_context("spawn")
+        workers = [
+            stack.enter_context(ProcessPoolExecutor(1, context, initializer=start, initargs=(ours, options)))
+            for ours in (False, True)
+        ]
+
+        def ask(what: Callable[..., float], *arguments: Any) -> list[float]:
+            """What each of the two answers, one after the other."""
+            return [worker.submit(what, *arguments).result() for worker in workers]
+
+        for what, images_per_step in (("train", BATCH_SIZE), ("sample", SAMPLED / SCHEDULE_STEPS)):
+            bar.set_description(f"{stage} {what}")
+            first_step = ask(begin, stage, what)
+            ask(advance, 5)  # a GPU's first steps are not like the others
+            lengths = [max(1, round(options.seconds / seconds)) for seconds in ask(advance, 1)]
+            if what == "train":  # before the matrix products, which take memory too
+                row["peak_memory"] = dict(zip(peaks, ask(peak_memory)))
+            rates: list[list[float]] = []
+            for _ in range(options.repeats):
+                rates.append([n * images_per_step / w.submit(advance, n).result() for n, w in zip(lengths, workers)])
+                for name, flops in zip(peaks, ask(matmul_flops)):
+                    peaks[name].append(flops)
+                bar.update()
+            row[what] = {
+                "plain": statistics.median(r[0] for r in rates),
+                "ours": statistics.median(r[1] for r in rates),
+                "ratio": statistics.median(r[1] / r[0] for r in rates),
+                "flops_per_image": flops_per_image(stage, what),
+                "first_step_seconds": dict(zip(peaks, first_step)),
+            }
     for name in peaks:
         peak = statistics.median(peaks[name])
         row[f"matmul_flops_{name}"] = peak
         for what in ("train", "sample"):
             row[what][f"{name}_share_of_peak"] = row[what][name] * row[what]["flops_per_image"] / peak
-    for worker in workers:
-        worker.stop()
     return row
 
 

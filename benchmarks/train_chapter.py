@@ -46,6 +46,7 @@ from common.guidance import CLASSES
 from common.run import checkpoint
 from common.run.checkpoint import LOG_COLUMNS
 from common.run.errors import UserError, drop_what_nobody_takes, say
+from common.run.folder import write_log
 from common.run.options import positive_float, whole_number
 from common.run.shapes import draw_shapes
 
@@ -95,6 +96,9 @@ def begin_from_assets(letter: str, run_dir: Path) -> None:
     """Lets a run that is not there begin where the weights in assets/weights stop: with their log, and a new Adam.
 
     Their milestone comes along, with what was measured of it and its grid.
+
+    Raises:
+        UserError: the milestone is there already, but not what it came from.
     """
     path, name, assets = run_dir / "checkpoint.pt", STAGES[letter], ROOT / "assets"
     source = assets / "weights" / f"{name}.pt"
@@ -105,6 +109,8 @@ def begin_from_assets(letter: str, run_dir: Path) -> None:
     count = len([*new_model(letter).parameters()])
     epoch = saved["progress"]["epoch"]
     folder = milestone_dir(run_dir, epoch)
+    if folder.exists():
+        raise UserError(f"{folder}: there is a milestone, but no {path.name} to go on from; move it away")
     folder.mkdir(parents=True)
     shutil.copy(source, folder / "checkpoint.pt")
     shutil.copy(assets / "logs" / f"{name}-{epoch:04d}.json", folder / "eval.json")
@@ -224,10 +230,7 @@ def publish(letter: str, folder: Path, assets: Path) -> None:
     name = STAGES[letter]
     shutil.copy(folder / "checkpoint.pt", assets / "weights" / f"{name}.pt")
     saved = checkpoint.load(folder / "checkpoint.pt", name, ema_only=True)
-    with open(assets / "logs" / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(saved["progress"]["log"])
+    write_log(assets / "logs" / f"{name}.csv", saved["progress"]["log"])
     numbers = json.loads((folder / "eval.json").read_text())
     numbers.pop("checkpoint", None)  # where it was on this machine
     milestone = f"{name}-{numbers['epochs']:04d}"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,6 +17,7 @@ from common.data import random_hflip, seed_everything, to_float
 from common.diffusion import NoiseSchedule
 from common.guidance import Classifier
 from common.run.checkpoint import atomic_write
+from common.run.datasets import load_cifar10
 from common.run.device import autocast, keep_freed_memory, pick_device, pick_precision
 from common.run.models import CLASSIFIER
 from common.run.options import whole_number
@@ -27,7 +27,7 @@ BATCH_SIZE = 128
 
 def load(data_dir: Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """CIFAR-10's images, uint8 (N, 3, 32, 32), and their classes, int64 (N,)."""
-    data = CIFAR10(data_dir, train=train, download=True)
+    data = load_cifar10(data_dir, train)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).to(device), torch.tensor(data.targets, device=device)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from benchmarks.mean_colour import errors_by_range
 from benchmarks.throughput import flops_per_image
 from common.run import checkpoint
 from common.run.checkpoint import RunOptions
+from common.run.errors import UserError
 from common.run.loop import train
 from common.run.pictures import save_grid
 from common.run.trainer import Run
@@ -136,6 +138,9 @@ def test_a_campaign_can_go_on_from_the_weights_that_come_with_the_project(tmp_pa
     before = path.read_bytes()
     train_chapter.begin_from_assets("A", path.parent)  # there is a run now
     assert path.read_bytes() == before
+    path.unlink()
+    with pytest.raises(UserError, match=f"{re.escape(str(kept))}: there is a milestone, but no checkpoint.pt"):
+        train_chapter.begin_from_assets("A", path.parent)
 
 
 def test_the_report_fills_assets_from_the_runs(

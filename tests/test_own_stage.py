@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.diffusion import NoiseSchedule
 from common.run import checkpoint, evaluate
 from common.run.cli import main
 from common.run.options import OptionGroup, Stage
-from common.run.pictures import sample_images
 from tests.test_training import assert_same
 from tests.tiny_run import Tiny, make_images
 
@@ -441,11 +439,3 @@ def test_what_an_own_stage_keeps_between_two_models_stays_usable(
 
     stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Cached(), [add_option])
     assert run(stage, "run")("train", "--tempo", 2, "--dataset", "shapes", "--batch-size", 4, "--max-steps", 1) == 0
-
-
-def test_sampling_leaves_the_mode_of_every_module_alone() -> None:
-    model = BatchNorm()
-    model.norm.eval()
-    sample_images(model, NoiseSchedule(), 1, steps=1)
-    assert model.training
-    assert not model.norm.training

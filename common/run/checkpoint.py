@@ -205,19 +205,14 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with suppress(OSError):  # Windows does not open folders; elsewhere, now no crash of the machine undoes the move
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise UserError(f"{path}: not written ({error.strerror or error}); what was there is kept") from error
     finally:
         with suppress(OSError):  # it has been moved
             temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes sure that a crash of the machine does not undo a move within the folder, where the system offers it."""
-    with suppress(OSError):  # Windows does not open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -5,6 +5,7 @@ import os
 from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from common.run.errors import UserError, warn
 from common.run.folder import one_at_a_time
 from common.run.own_images import load_own_images
 from common.run.shapes import draw_shapes
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 IMAGE_SHAPE = (3, 32, 32)
 DATASETS = ("cifar10", "shapes")
@@ -43,24 +47,14 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
     is_first = distributed.LOCAL_RANK == 0  # the others find it done
     with distributed.first_of_machine_first(), one_at_a_time(data_dir) if is_first else nullcontext():
         if dataset == "cifar10":
-            images = _load_cifar10(data_dir, train, data_url)
+            images = load_cifar10(data_dir, train, data_url).data.transpose(0, 3, 1, 2)
         else:
             images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
-def check_images(images: Tensor, name: str) -> None:
-    """Makes sure that images are what the networks here are made for.
-
-    Raises:
-        UserError: they are not uint8 (N, 3, 32, 32), or there are none.
-    """
-    if images.dtype != torch.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
-        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-        raise UserError(f"{name}: must be uint8 (N, 3, 32, 32), colours from 0 to 255, N at least 1; got {found}")
-
-
-def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarray:
+def load_cifar10(data_dir: Path, train: bool = True, data_url: str | None = None) -> "CIFAR10":
+    """CIFAR-10 as torchvision hands it out, with labels; arguments and errors are those of `load_images`."""
     from torchvision.datasets import CIFAR10  # here, for it takes a second, for which --help need not wait
 
     class Archive(CIFAR10):
@@ -72,7 +66,7 @@ def _load_cifar10(data_dir: Path, train: bool, data_url: str | None) -> np.ndarr
         if path.exists() and not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             raise UserError(f"--data-dir {data_dir}: {path}: may not be read")
     try:
-        return Archive(data_dir, train=train, download=True).data.transpose(0, 3, 1, 2)
+        return Archive(data_dir, train=train, download=True)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"--data-dir {data_dir}: no CIFAR-10 there, and getting it from {Archive.url} failed ({error}); "

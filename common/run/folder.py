@@ -1,7 +1,5 @@
 """What lies in a run folder beside the checkpoint: the lock and log.csv."""
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -70,12 +68,6 @@ def _lock(file: IO[bytes], wait: bool) -> None:
         pass
 
 
-def has_epochs(run_dir: Path) -> bool:
-    """Whether log.csv there tells of an epoch: of hours, maybe."""
-    path = run_dir / "log.csv"
-    return path.is_file() and path.read_bytes().count(b"\n") > 1
-
-
 def remove_run(run_dir: Path) -> None:
     """Deletes what a run writes, file by file, but for the checkpoint, which the next run's first one replaces."""
     samples = run_dir / "samples"
@@ -85,15 +77,12 @@ def remove_run(run_dir: Path) -> None:
             path.unlink()
 
 
-def write_log(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes log.csv anew, so that no interruption leaves half a row, or one twice.
+def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a log.csv anew, so that no interruption leaves half a row, or one twice.
 
     Args:
         rows: one per completed epoch, with LOG_COLUMNS for keys.
     """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(run_dir / "log.csv") as file:
-        file.write(text.getvalue().encode())
+    lines = [LOG_COLUMNS, *([row[name] for name in LOG_COLUMNS] for row in rows)]
+    with atomic_write(path) as file:
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())

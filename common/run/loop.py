@@ -11,7 +11,6 @@ from types import FrameType
 from torch import Tensor
 
 from common.run import checkpoint, distributed
-from common.run.datasets import check_images
 from common.run.evaluate import measure_losses
 from common.run.report import Reporter
 from common.run.trainer import Run
@@ -47,8 +46,6 @@ def train(
     Raises:
         UserError: the loss or the gradient is not finite, or a file cannot be written.
     """
-    check_images(images, "training images")
-    check_images(held_out, "held-out images")
     progress = run.progress
     is_first = distributed.RANK == 0
     held_out = held_out[:LOG_HELD_OUT_IMAGES]

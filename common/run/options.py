@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -26,17 +26,7 @@ from common.training import TrainingOptions
 MAX_SAMPLES = 100_000
 PRECISIONS = ("auto", *DTYPES)
 
-
-class OptionGroup(Protocol):
-    """A parser of argparse, or one of its groups."""
-
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """See argparse.ArgumentParser."""
-
-    def add_mutually_exclusive_group(self) -> "OptionGroup":
-        """See argparse.ArgumentParser."""
-
-
+OptionGroup = argparse._ActionsContainer  # a parser, or one of its groups
 AddOption = Callable[[OptionGroup], object]
 
 

@@ -3,20 +3,18 @@
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.data import random_generator, to_uint8
 from common.diffusion import NoisePredictor, NoiseSchedule, ddim, ddpm
 from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.datasets import IMAGE_SHAPE
-from common.run.device import in_precision
 from common.run.errors import UsageError
 
 SAMPLERS = ("ddpm", "ddim")
@@ -29,7 +27,7 @@ def default_steps(sampler: str, schedule_steps: int) -> int:
 
 
 def sample_images(
-    model: NoisePredictor,
+    predict_noise: NoisePredictor,
     schedule: NoiseSchedule,
     num_images: int,
     *,
@@ -37,57 +35,40 @@ def sample_images(
     steps: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
-    image_shape: tuple[int, int, int] = IMAGE_SHAPE,
     spread: bool = False,
     watch: Callable[[int, int, Tensor], object] = lambda start, step, xt: None,
 ) -> Tensor:
-    """Samples images, `batch_size` at a time. Leaves the global random numbers and the model's mode alone.
+    """Samples images, `batch_size` at a time. Leaves the global random numbers alone.
 
     Args:
-        model: predicts noise, with weights of any floating-point type; it and the schedule are on the same device.
+        predict_noise: a model in eval mode, as `device.noise_predictor` calls it, say; on the schedule's device.
         sampler: "ddpm" or "ddim".
         steps: how many time steps to visit, see `default_steps`.
         seed: the images depend on it, on their number, on `batch_size` and on the device.
-        image_shape: (C, H, W) of an image.
         spread: share the batches out among all processes, which must all call this.
         watch: called with the number of a batch's first image, the number of steps made, from 0 on, and the state
-            (B, C, H, W) that the batch is in.
+            (B, 3, 32, 32) that the batch is in.
 
     Returns:
-        uint8 (num_images, C, H, W) in main memory, the same whether spread or not.
+        uint8 (num_images, 3, 32, 32) in main memory, the same whether spread or not.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: must be {' or '.join(SAMPLERS)}, got {sampler!r}")
     steps = default_steps(sampler, schedule.steps) if steps is None else steps
     device = schedule.beta.device
-    predict_noise = in_precision(model) if isinstance(model, nn.Module) else model
     starts = range(0, num_images, batch_size)
     chunks = {}
-    with _in_eval_mode(model):
-        for start in starts[distributed.RANK :: distributed.WORLD_SIZE] if spread else starts:
-            generator = random_generator(device, seed, "sample", start)
-            shape = (min(batch_size, num_images - start), *image_shape)
-            xt = noise = torch.randn(shape, generator=generator, device=device)
-            states = ddim(predict_noise, schedule, noise, steps)
-            if sampler == "ddpm":
-                states = ddpm(predict_noise, schedule, noise, generator, steps)
-            for step, xt in enumerate(itertools.chain([noise], states)):
-                watch(start, step, xt)
-            chunks[start] = to_uint8(xt).cpu()
+    for start in starts[distributed.RANK :: distributed.WORLD_SIZE] if spread else starts:
+        generator = random_generator(device, seed, "sample", start)
+        shape = (min(batch_size, num_images - start), *IMAGE_SHAPE)
+        xt = noise = torch.randn(shape, generator=generator, device=device)
+        states = ddim(predict_noise, schedule, noise, steps)
+        if sampler == "ddpm":
+            states = ddpm(predict_noise, schedule, noise, generator, steps)
+        for step, xt in enumerate(itertools.chain([noise], states)):
+            watch(start, step, xt)
+        chunks[start] = to_uint8(xt).cpu()
     return torch.cat([*(distributed.merged(chunks) if spread else chunks).values()])
-
-
-@contextmanager
-def _in_eval_mode(model: NoisePredictor) -> Iterator[None]:
-    """Puts a module into eval mode, and back."""
-    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class Film:

@@ -51,7 +51,7 @@ class Reporter:
             OSError, UserError: it cannot be written to; here it is found out before any work.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_log(self.run_dir, self.run.progress.log)
+        write_log(self.run_dir / "log.csv", self.run.progress.log)
         with only_telling():
             (self.run_dir / "samples").mkdir(exist_ok=True)
             if self.run.progress.step == 0:
@@ -68,7 +68,7 @@ class Reporter:
             with only_telling():
                 self.bar.write(self._epoch_line(), file=sys.stderr)
             with only_telling():
-                write_log(self.run_dir, self.run.progress.log)
+                write_log(self.run_dir / "log.csv", self.run.progress.log)
         if epoch_is_complete and not in_haste:
             with only_telling():
                 self._save_sample_grid()

@@ -17,7 +17,7 @@ from common.run.checkpoint import Checkpoint, RunOptions
 from common.run.datasets import DATASETS, load_images
 from common.run.device import compile_model, compiles_training, pick_device, pick_precision
 from common.run.errors import UsageError, UserError, counted, printable, say
-from common.run.folder import MARK, RUN_FILES, has_epochs, locked, remove_run
+from common.run.folder import MARK, RUN_FILES, locked, remove_run
 from common.run.models import build_model, new_model_options, refuse_contradictions, saved_model_options
 from common.run.options import Stage, flag
 from common.run.own_images import check_place
@@ -97,7 +97,9 @@ def _take_run_folder(stage: Stage, options: argparse.Namespace, held: ExitStack)
             )
         checkpoint.load(path, stage.name)  # without the rest of its run: it may have been copied there
     held.enter_context(locked(run_dir))
-    if not path.exists() and has_epochs(run_dir) and not options.overwrite:
+    log = run_dir / "log.csv"
+    tells_of_epochs = log.is_file() and log.read_bytes().count(b"\n") > 1  # of hours, maybe
+    if not path.exists() and tells_of_epochs and not options.overwrite:
         raise UsageError(
             f"--run-dir {run_dir}: there is a log.csv, but no checkpoint to continue; "
             "discard it with --overwrite, or name another folder"
