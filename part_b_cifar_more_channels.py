@@ -35,7 +35,7 @@ class Model(nn.Module):
     Args:
         num_steps: how many time steps there are.
         ch: width of the first level, a multiple of 32.
-        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
+        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
     """
 
     def __init__(

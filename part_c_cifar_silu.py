@@ -1,7 +1,7 @@
 """Part C: SiLU.
 
 Part B's network with one activation for all of it, as an option. SiLU, x * sigmoid(x), is smooth where ReLU has a
-corner, and does not cut the gradient off where its input is negative.
+corner, and lets some gradient through where its input is negative.
 
     python part_c_cifar_silu.py train    # means the same as
     python part_c_cifar_silu.py train --batch-size 128 --lr 1e-3 --epochs 120 --model-channels 32 --activation silu
@@ -37,8 +37,8 @@ class Model(nn.Module):
     Args:
         num_steps: how many time steps there are.
         ch: width of the first level, a multiple of 32.
-        activation_fn: makes the activation of the whole network.
-        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
+        activation_fn: makes every activation of the network, for example `nn.SiLU`.
+        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
     """
 
     def __init__(

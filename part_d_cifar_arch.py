@@ -40,8 +40,8 @@ class Model(nn.Module):
     Args:
         num_steps: how many time steps there are.
         ch: width of the first level, a multiple of 32.
-        activation_fn: makes the activation of the whole network.
-        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
+        activation_fn: makes every activation of the network, for example `nn.SiLU`.
+        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Model(nn.Module):
 
         self.output_blocks = nn.ModuleList(
             [
-                block(4 * ch, 2 * ch),
+                block(4 * ch, 2 * ch),  # takes in the channels so far and those of a skip: 2 + 2
                 block(4 * ch, 2 * ch),
                 TimestepBlockSequential(block(4 * ch, 2 * ch), Upsample(2 * ch, 2 * ch)),
                 block(4 * ch, 2 * ch),
                 block(4 * ch, 2 * ch),
-                TimestepBlockSequential(block(3 * ch, 2 * ch), Upsample(2 * ch, 2 * ch)),
-                block(3 * ch, ch),
-                block(2 * ch, ch),
+                TimestepBlockSequential(block(3 * ch, 2 * ch), Upsample(2 * ch, 2 * ch)),  # 2 + 1
+                block(3 * ch, ch),  # 2 + 1
+                block(2 * ch, ch),  # 1 + 1
                 block(2 * ch, ch),
             ]
         )
@@ -103,7 +103,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns the noise in them."""
-        emb = self.embed(t)  # (B, 4ch)
+        emb = self.embed(t)  # (B, embed_dim)
 
         skips = []
         for block in self.input_blocks:

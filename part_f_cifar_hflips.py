@@ -1,7 +1,7 @@
 r"""Part F: random horizontal flips.
 
-Part E's network, trained on images each of which is flipped left-right with probability 1/2: a mirrored horse is a
-horse, so the 50,000 images become 100,000.
+Part E's network; each training image is flipped left-right with probability 1/2. A mirrored horse is a horse, so the
+50,000 images become 100,000.
 
     python part_f_cifar_hflips.py train --hflip    # means the same as
     python part_f_cifar_hflips.py train --batch-size 128 --lr 1e-3 --epochs 120 \
@@ -40,12 +40,12 @@ class Model(nn.Module):
 
     Args:
         image_channels: 3 for colour.
-        model_channels: a multiple of 32; widths are multiples of it.
-        activation_fn: makes the activation of the whole network.
+        model_channels: width of the first convolution, a multiple of 32; the levels' widths are multiples of it.
+        activation_fn: makes every activation of the network, for example `nn.SiLU`.
         num_res_blocks: ResnetBlocks per level.
-        channel_mult: width of each level, in model_channels; a level has half the resolution of the one before.
+        channel_mult: width of each level in multiples of model_channels; each halves the resolution of the one before.
         num_steps: how many time steps there are.
-        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
+        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Model(nn.Module):
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers: list[nn.Module] = [block(ch + skip_channels.pop(), width)]
+            for i in range(num_res_blocks + 1):  # one more: a Downsample, or the first convolution, left a skip too
+                layers = TimestepBlockSequential(block(ch + skip_channels.pop(), width))
                 ch = width
                 if level > 0 and i == num_res_blocks:
                     layers.append(Upsample(ch, ch))
-                self.output_blocks.append(TimestepBlockSequential(*layers))
+                self.output_blocks.append(layers)
 
         self.out = nn.Sequential(
             group_norm(ch, norm_groups),
@@ -104,7 +104,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns the noise in them."""
-        emb = self.embed(t)  # (B, 4 * model_channels)
+        emb = self.embed(t)  # (B, embed_dim)
 
         skips = []
         for block in self.input_blocks:

@@ -1,6 +1,6 @@
 """Part G: self-attention.
 
-Part F's network, in which every pixel of some levels may look at all the others: an attention block after each
+Part F's network, in which every pixel of some levels looks at all the others: an attention block after each
 ResnetBlock of the levels named by --attention-resolutions, and one in the middle. Flips are on by default.
 
     python part_g_cifar.py train
@@ -41,7 +41,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = group_norm(in_channels, norm_groups)
         self.qkv = nn.Conv1d(in_channels, 3 * in_channels, kernel_size=1)
-        self.attn = nn.MultiheadAttention(in_channels, num_heads=1, batch_first=True)  # projects q, k, v once more
+        self.attn = nn.MultiheadAttention(in_channels, num_heads=1, batch_first=True)  # projects once more, in and out
         self.out = nn.Conv1d(in_channels, in_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,13 +57,13 @@ class Model(nn.Module):
 
     Args:
         image_channels: 3 for colour.
-        model_channels: a multiple of 32; widths are multiples of it.
-        activation_fn: makes the activation of the whole network.
+        model_channels: width of the first convolution, a multiple of 32; the levels' widths are multiples of it.
+        activation_fn: makes every activation of the network, for example `nn.SiLU`.
         num_res_blocks: ResnetBlocks per level.
-        channel_mult: width of each level, in model_channels; a level has half the resolution of the one before.
+        channel_mult: width of each level in multiples of model_channels; each halves the resolution of the one before.
         attention_resolutions: pixels a side of the levels whose blocks are followed by attention.
         num_steps: how many time steps there are.
-        norm_groups: groups of every GroupNorm; by default at least four channels to a group.
+        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Model(nn.Module):
         skip_channels = [ch]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [block(ch, width)]
+                layers = TimestepBlockSequential(block(ch, width))
                 ch = width
                 if resolutions[level] in attention_resolutions:
                     layers.append(AttentionBlock(ch, norm_groups))
-                self.input_blocks.append(TimestepBlockSequential(*layers))
+                self.input_blocks.append(layers)
                 skip_channels.append(ch)
             if level < last:
                 self.input_blocks.append(Downsample(ch, ch))
@@ -115,14 +115,14 @@ class Model(nn.Module):
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers = [block(ch + skip_channels.pop(), width)]
+            for i in range(num_res_blocks + 1):  # one more: a Downsample, or the first convolution, left a skip too
+                layers = TimestepBlockSequential(block(ch + skip_channels.pop(), width))
                 ch = width
                 if resolutions[level] in attention_resolutions:
                     layers.append(AttentionBlock(ch, norm_groups))
                 if level > 0 and i == num_res_blocks:
                     layers.append(Upsample(ch, ch))
-                self.output_blocks.append(TimestepBlockSequential(*layers))
+                self.output_blocks.append(layers)
 
         self.out = nn.Sequential(
             group_norm(ch, norm_groups),
@@ -132,7 +132,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: noisy images (B, 3, 32, 32). t: their time steps, int64 (B,). Returns the noise in them."""
-        emb = self.embed(t)  # (B, 4 * model_channels)
+        emb = self.embed(t)  # (B, embed_dim)
 
         skips = []
         for block in self.input_blocks:
@@ -149,9 +149,13 @@ class Model(nn.Module):
 
 
 def attention_resolutions(group: options.OptionGroup) -> None:
-    text, size = "pixels a side of the levels that have attention", options.whole_number(1, 32)
     group.add_argument(
-        "--attention-resolutions", type=size, action=options.AnyOrder, nargs="*", default=[16], help=text
+        "--attention-resolutions",
+        type=options.whole_number(1, 32),
+        action=options.AnyOrder,
+        nargs="*",
+        default=[16],
+        help="pixels a side of the levels that have attention",
     )
 
 

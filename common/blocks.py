@@ -27,8 +27,8 @@ def group_norm(channels: int, norm_groups: int | None = None) -> nn.GroupNorm:
     """GroupNorm; by default with at least four channels to a group, and at most 32 groups.
 
     32 groups are DDPM's (arXiv:2006.11239), whose narrowest level has 128 channels. The lower limit is that of EDM's
-    code (arXiv:2206.00364). With one channel to a group, the norm would take each channel's mean away, and with it the
-    colour, or the time step that ResnetBlock has just added.
+    code (arXiv:2206.00364). With one channel to a group, the norm would remove each channel's mean, and with it the
+    image's colour, or the time step that ResnetBlock has just added.
     """
     groups = min(32, channels // 4) if norm_groups is None else norm_groups
     if groups < 1 or channels % groups:
@@ -63,7 +63,7 @@ class PositionalEncoding(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Base class of the modules whose `forward` takes the time step's embedding beside the image: `(x, emb)`."""
+    """Base class of the modules whose `forward` takes the time step's embedding as well as the image: `(x, emb)`."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: (B, C, H, W). emb: (B, embed_dim)."""
@@ -87,7 +87,7 @@ class ResnetBlock(TimestepBlock):
     convolution starts at zero: an untrained block is its shortcut.
 
     Args:
-        in_channels, out_channels: numbers of channels that `group_norm` takes.
+        in_channels, out_channels: numbers of channels; `group_norm` must be able to split both.
         embed_dim: width of the time step's embedding.
         activation_fn: makes the activation, for example `nn.SiLU`.
         norm_groups: groups of both norms, see `group_norm`.
@@ -134,7 +134,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbours, then a 3x3 convolution."""
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()

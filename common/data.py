@@ -14,9 +14,9 @@ def shuffled_batches(images: Tensor, batch_size: int, seed: int, epoch: int, sta
     The last images of that order, too few for a batch, are left out: different ones in every epoch.
 
     Args:
-        images: (N, ...), on the device that trains; N is at least `batch_size`.
-        start: how many images of that order have been used already, to resume mid-epoch. If too few are left for a
-            batch, because the batch size has grown, one batch repeats some of them.
+        images: (N, ...), on the training device; N is at least `batch_size`.
+        start: how many images of that order have been used already, to resume in mid-epoch. If the batch size has grown
+            and too few are left for a batch, one batch repeats some.
     """
     if batch_size > len(images):
         raise ValueError(f"batch_size: must be at most the number of images, {len(images)}; got {batch_size}")
@@ -49,7 +49,7 @@ def random_generator(device: torch.device | str, seed: int, purpose: str, index:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds all that a model may draw from: torch's generators, as dropout does, numpy's and Python's own."""
+    """Seeds every generator that a model may draw from: torch's (for dropout, say), numpy's and Python's."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

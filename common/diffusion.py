@@ -21,12 +21,13 @@ class NoiseSchedule(nn.Module):
     Args:
         steps: T, the number of noising steps.
         beta_start, beta_end: variance of the noise that the first and the last step add, linear between.
-        beta: the variances of all steps instead, float64 (steps,).
+        beta: if given, the variances of all steps, float64 (steps,), in place of the line.
     """
 
     beta: Tensor  # variance of the noise that step t adds
     alpha: Tensor  # 1 - beta
     alpha_bar: Tensor  # product of alpha[0..t]: the share of the image's variance left in x_t
+    image_scale: Tensor  # sqrt(alpha_bar)
     noise_scale: Tensor  # sqrt(1 - alpha_bar), the noise's standard deviation in x_t
 
     def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, beta: Tensor | None = None):
@@ -37,12 +38,12 @@ class NoiseSchedule(nn.Module):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
         alpha_bar_prev = _previous(alpha_bar)
-        self._exact_alpha_bar = alpha_bar  # float64, on the CPU, for not every device has float64
+        self._exact_alpha_bar = alpha_bar  # float64, on the CPU, because not every device has float64
         constants = {
             "beta": beta,
             "alpha": alpha,
             "alpha_bar": alpha_bar,
-            # Kept, not derived from the rounded alpha_bar: 1 - alpha_bar would be off by up to 0.03 % at t = 0.
+            # Computed here, not from the rounded alpha_bar: 1 - alpha_bar would be off by up to 0.03 % at t = 0.
             "image_scale": alpha_bar.sqrt(),
             "noise_scale": (1 - alpha_bar).sqrt(),
             "posterior_x0_scale": beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
@@ -55,7 +56,7 @@ class NoiseSchedule(nn.Module):
     def strided(self, times: Sequence[int]) -> "NoiseSchedule":
         """The same noising process in fewer, larger steps: step i of it has the alpha_bar of step `times[i]` here.
 
-        `times` ascend. Its beta follows from that (Improved DDPM, arXiv:2102.09672, section 4).
+        `times` must ascend. The new beta follows from these alpha_bar (Improved DDPM, arXiv:2102.09672, section 4).
         """
         alpha_bar = self._exact_alpha_bar[list(times)]
         return NoiseSchedule(beta=1 - alpha_bar / _previous(alpha_bar)).to(self.beta.device)
@@ -73,7 +74,7 @@ class NoiseSchedule(nn.Module):
         return (xt - self._at("image_scale", t) * x0) / self._at("noise_scale", t)
 
     def posterior(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and variance (B, 1, 1, 1), 0 at t = 0, of q(x_{t-1} | x_t, x0) (eqs. 6 and 7)."""
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x0) (eqs. 6, 7); it is 0 at t = 0."""
         mean = self._at("posterior_x0_scale", t) * x0 + self._at("posterior_xt_scale", t) * xt
         return mean, self._at("posterior_variance", t)
 
@@ -94,7 +95,7 @@ def diffusion_loss(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, t
     return (pred_noise - noise).square().mean(dim=(1, 2, 3))
 
 
-# The samplers: each yields the images after every step, from noise to picture
+# Samplers: each yields the images after every step, from noise to picture
 
 
 def clipped_x0(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, t: Tensor) -> Tensor:
@@ -108,11 +109,11 @@ def ddpm(
 ) -> Iterator[Tensor]:
     """Walks back with fresh noise in every step but the last (Algorithm 2 of DDPM, arXiv:2006.11239).
 
-    The algorithm's mean is written as the posterior's for the estimated x0 (eq. 7): the same formula, but one that lets
-    x0 be clipped, as the paper's code does. Of the paper's two choices of the variance this is the posterior's.
+    The mean is the posterior's for the estimated x0 (eq. 7). That equals the formula in the algorithm, but lets x0 be
+    clipped first, as in the paper's code. Of the paper's two choices for the variance, this is the posterior's.
 
     In fewer steps than the schedule has, it is the same walk on the strided schedule: DDIM's eq. 12 with the sigma of
-    its eq. 16 and eta = 1 (arXiv:2010.02502).
+    its eq. 16 and eta = 1 (arXiv:2010.02502). The model is still told the time steps of the full schedule.
 
     Args:
         xt: standard normal noise (B, C, H, W).

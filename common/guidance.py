@@ -4,8 +4,8 @@ A second network, the classifier, learns to predict the class y of a noisy image
 
     log p(x_t | y) = log p(x_t) + log p(y | x_t) - log p(y),
 
-and the predicted noise, divided by -sqrt(1 - alpha_bar), estimates the gradient of log p(x_t). So to ask for a class is
-to add the gradient of the classifier's log p(y | x_t).
+and the predicted noise, divided by -sqrt(1 - alpha_bar), estimates the gradient of log p(x_t). So asking for a class
+means subtracting sqrt(1 - alpha_bar) times the gradient of the classifier's log p(y | x_t) from the predicted noise.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         return self.out(self.features(xt, t)).log_softmax(dim=1)
 
     def features(self, xt: Tensor, t: Tensor) -> Tensor:
-        """What forward tells the classes apart by, (B, 256)."""
+        """What the last layer tells the classes apart by, (B, 256)."""
         return self.blocks(xt, self.embed(t)).mean(dim=(2, 3))
 
 
@@ -53,9 +53,9 @@ def guided(
     label: int,
     scale: float,
 ) -> NoisePredictor:
-    """Predicts noise as `predict_noise` does, but so that what is sampled with it shows the class `label` (eq. 14).
+    """Makes of `predict_noise` a noise predictor that steers the samples towards the class `label` (eq. 14).
 
-    The paper does this for DDIM, and shifts the mean of DDPM's steps instead, which to first order is the same.
+    The paper uses this for DDIM; for DDPM it shifts the mean of each step, which to first order is the same.
 
     Args:
         classifier: x_t (B, C, H, W) and t (B,) -> log p(y | x_t) of each class y, as a Classifier computes it.

@@ -1,6 +1,7 @@
 """Numbers for a trained model: its held-out loss by time step, and its bits per dimension.
 
-Held-out images are measured in blocks, always with the same noise, so that two models are compared like with like.
+Held-out images are measured in blocks, always with the same noise, so that two models are compared like with like. The
+held-out loss is `diffusion.diffusion_loss` on `held_out_draws`; the command `eval` runs both measures block by block.
 """
 
 import math
@@ -29,9 +30,9 @@ class Estimate(NamedTuple):
 
 
 def repeated(images: Tensor, steps: int) -> Tensor:
-    """Held-out images (N, ...), cycled to the first multiple of `steps` that is at least N and twice `steps`.
+    """Held-out images (N, ...), repeated up to a multiple of `steps`, so that each time step is met equally often.
 
-    So each time step is met equally often, at least twice.
+    It is the first multiple that is at least N and at least twice `steps`, so that each is met at least twice.
     """
     number = torch.arange(steps * max(2, math.ceil(len(images) / steps)))
     shift = number // math.lcm(len(images), steps)  # by one where an image would meet the same time step again
@@ -61,7 +62,7 @@ def held_out_draws(images: Tensor, start: int, schedule: NoiseSchedule, seed: in
 def stratified_mean(values: Tensor) -> Estimate:
     """The mean of a table (R, S): one column for each time step, R independent measurements in each.
 
-    Its standard error comes from the spread within columns alone, so it is smaller than for random time steps.
+    Its standard error comes from the spread within columns alone, so it is smaller than with random time steps.
     """
     rounds, strata = values.shape
     variance_of_means = values.var(dim=0) / rounds  # of each column, (S,)
@@ -73,8 +74,8 @@ def loss_by_quarter(losses: Tensor, steps: int, num_images: int | None = None) -
 
     Args:
         losses: of `held_out_draws`, in their order, (N,), N a multiple of `steps`, at least twice that.
-        num_images: how many different images they are of, by default N. An image that is measured several times tells
-            little new, so the standard errors are those of as many measurements as there are images: rather too large.
+        num_images: how many of the images are different, by default all N. Measuring an image again tells little new,
+            so the standard errors are as if each had been measured once: rather too large.
     """
     if len(losses) % steps or len(losses) < 2 * steps:
         raise ValueError(f"held-out images: must be a multiple of {steps}, at least {2 * steps}; got {len(losses)}")
@@ -109,10 +110,10 @@ class Bound(NamedTuple):
 def variational_bound(
     model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, start: int = 0, exact: bool = False, seed: int = 0
 ) -> Bound:
-    """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images under what `diffusion.ddpm` draws.
+    """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images, with `diffusion.ddpm` as model.
 
-    The reverse steps are those of the sampler: x0 is clipped, the variance is the posterior's; at t = 0, where that is
-    0, it is that of t = 1.
+    The reverse steps are the sampler's: x0 clipped, the posterior's variance. At t = 0 that is 0, so the one of t = 1
+    takes its place.
 
     Args:
         images, start: as of `held_out_draws`.
@@ -164,7 +165,7 @@ def decoder_term(model: NoisePredictor, schedule: NoiseSchedule, x0: Tensor, noi
     """-log p(x0 | x_t) at t = 0, p a normal distribution cut into 256 levels (DDPM's eq. 13), in nats, float64 (B,)."""
     t = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
     xt = schedule.add_noise(x0, t, noise)
-    _, variance = schedule.posterior(x0, xt, t + 1)  # for at t = 0 it is 0; the posterior's mean there is x0 itself
+    _, variance = schedule.posterior(x0, xt, t + 1)  # at t = 0 it would be 0; the posterior's mean there is x0
     mean = clipped_x0(model, schedule, xt, t)
     x0, mean, deviation = (x.cpu().double() for x in (x0, mean, variance.sqrt()))
     lower = torch.where(x0 < -1 + LEVEL / 2, -math.inf, (x0 - LEVEL / 2 - mean) / deviation)

@@ -34,7 +34,7 @@ class Progress:
 
 
 class Trainer:
-    """A model that learns to predict noise, in train mode, on the device where it lies."""
+    """Trains a model, which is in train mode, to predict noise, on the device that the model is on."""
 
     def __init__(self, model: nn.Module, options: TrainingOptions, progress: Progress | None = None):
         self.model = model
@@ -42,7 +42,7 @@ class Trainer:
         self.progress = progress or Progress()
         self.device = next(model.parameters()).device
         self.schedule = NoiseSchedule().to(self.device)
-        fused = all(p.is_floating_point() for p in model.parameters())  # one kernel for all; it refuses integers
+        fused = all(p.is_floating_point() for p in model.parameters())  # one kernel; it refuses integers
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=fused)
         self.ema = AveragedWeights(model, options.ema_decay)
         self.predict_noise: NoisePredictor = model  # a wrapper of the model may take its place
@@ -62,15 +62,15 @@ class Trainer:
                 progress.seen += len(batch)
                 if progress.seen + options.batch_size > len(images):  # too few are left for a batch
                     progress.epoch, progress.seen = progress.epoch + 1, 0
-                yield loss  # everything is counted: a training that is saved here resumes from here
+                yield loss  # all is counted by now, so a training that is saved here can resume from here
 
     def augment(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, 32, 32) as the model is to see them: float32 in [-1, 1], flipped by chance."""
+        """uint8 images (B, 3, 32, 32) as the model is to see them: float32 in [-1, 1], if `hflip` flipped at random."""
         x0 = to_float(images)
         return random_hflip(x0) if self.options.hflip else x0
 
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """One step down the gradient of the batch's mean loss, which it returns."""
+        """One step of Adam on the batch's mean loss, which it returns."""
         loss = diffusion_loss(self.predict_noise, self.schedule, x0, t, noise).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -81,9 +81,9 @@ class Trainer:
 class AveragedWeights:
     """An exponential moving average of a model's weights, to be updated after every step.
 
-    After n updates the old average keeps the share (1 + n) / (10 + n), `decay` at most, and nothing at n = 0: it spans
-    about the last tenth of the training so far, so that the random start is soon forgotten and a short training profits
-    too. Buffers and frozen weights are copied.
+    After n updates the old average keeps the share (1 + n) / (10 + n), but at most `decay`. So it spans about the last
+    tenth of the training so far: the random start is soon forgotten, and a short training profits too. The first update
+    copies the weights. Buffers and frozen weights are always copied.
 
     torch's AveragedModel walks through all modules at every update, which takes milliseconds, and makes a GPU wait.
     """
@@ -102,7 +102,7 @@ class AveragedWeights:
         ]
 
     def update(self, n: int) -> None:
-        """Takes in the model's weights as they are now, after `n` updates; the first time, it takes them over."""
+        """Averages in the model's weights as they are now, after `n` updates."""
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         get_ema_multi_avg_fn(decay)(self._averaged, self._current, n)
         for averaged_module, module, name in self._copied:  # looked up each time: a model may put another in its place

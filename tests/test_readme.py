@@ -75,7 +75,7 @@ def test_the_readme_has_the_chapters_commands_word_for_word() -> None:
 
 
 def test_the_readme_can_be_read_to_the_end() -> None:
-    assert len(README.split()) <= 3000
+    assert len(README.split()) <= 2700
 
 
 @pytest.fixture(scope="module")
