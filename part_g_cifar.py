@@ -149,14 +149,8 @@ class Model(nn.Module):
 
 
 def attention_resolutions(group: options.OptionGroup) -> None:
-    group.add_argument(
-        "--attention-resolutions",
-        type=options.whole_number(1, 32),
-        action=options.AnyOrder,
-        nargs="*",
-        default=[16],
-        help="pixels a side of the levels that have attention",
-    )
+    text = "pixels a side of the levels that have attention"
+    group.add_argument("--attention-resolutions", type=options.whole_number(1, 32), nargs="*", default=[16], help=text)
 
 
 def build_model(args: argparse.Namespace) -> Model:

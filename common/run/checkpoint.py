@@ -61,22 +61,14 @@ EMA_ONLY = ("format", "stage", "model_options", "training_options", "progress", 
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the checkpoint; until it is whole and on the disk, the one before stays.
-
-    Raises:
-        UserError: it cannot be written, or `load` would refuse it.
-    """
+    """Writes the checkpoint, or raises a UserError; until it is whole and on the disk, the one before stays."""
     packed = pack(path, checkpoint)
     with atomic_write(path) as file:
         file.write(packed.getbuffer())
 
 
 def pack(path: Path, checkpoint: Checkpoint) -> io.BytesIO:
-    """What `save` writes.
-
-    Raises:
-        UserError: `load` would refuse it.
-    """
+    """What `save` writes. Raises a UserError if `load` would refuse it."""
     packed = _packed(checkpoint)
     try:
         _unpack(packed, path, checkpoint["stage"])
@@ -175,12 +167,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _check(kind: type[Any], values: dict[str, Any]) -> None:
-    """Makes sure that a dataclass can be made from what a checkpoint says.
-
-    Raises:
-        KeyError, TypeError, ValueError: a value is missing, unknown or of another type than its field, or a number is
-            negative or too large.
-    """
+    """Makes sure that a checkpoint says what a dataclass has: no less, no more, of its types, not negative."""
     for field_ in fields(kind(**values)):
         value = values[field_.name]
         if not isinstance(value, get_origin(field_.type) or field_.type):  # type: ignore[arg-type]

@@ -11,8 +11,7 @@ from common.run import distributed
 from common.run.device import is_out_of_memory, keep_freed_memory
 from common.run.errors import UsageError, UserError, drop_what_nobody_takes, printable, tell
 from common.run.evaluate import evaluate
-from common.run.models import build_model, new_model_options
-from common.run.options import Stage, model_defaults, parse
+from common.run.options import Stage, parse
 from common.run.test import test
 from common.run.train import train
 
@@ -21,15 +20,12 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a stage's command line and exits: with 2 if the command line is wrong, with 1 if anything else is."""
     atexit.register(drop_what_nobody_takes)
     options = None
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a console that lacks a letter is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console that lacks a letter is no reason to stop
     try:
         options, typed = parse(stage, argv)
         command = {"train": train, "test": test, "eval": evaluate}[options.command]
         keep_freed_memory()
-        if typed.keys() & model_defaults(stage).keys():  # wrong ones are told before any work
-            build_model(stage, new_model_options(stage, options), seed=0)
         distributed.start()
         status = command(stage, options, typed)
         distributed.stop()

@@ -5,7 +5,7 @@ import os
 from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from common.run.folder import one_at_a_time
 from common.run.own_images import load_own_images
 from common.run.shapes import draw_shapes
 
-if TYPE_CHECKING:
-    from torchvision.datasets import CIFAR10
-
 IMAGE_SHAPE = (3, 32, 32)
 DATASETS = ("cifar10", "shapes")
 TRAINING_IMAGES = 50_000  # of either of these
@@ -28,11 +25,12 @@ HELD_OUT_IMAGES = 10_000
 
 
 def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: str | None = None) -> Tensor:
-    """The training images of a data set, or its held-out ones. Several processes must all call this.
+    """The training images of a data set, or its held-out ones. Of several processes, which must all call this, rank 0
+    reads them and sends them to the others.
 
     Args:
         dataset: "cifar10", downloaded on first use and checked by its published MD5; "shapes", drawn on first use; or
-            where one's own images are, see own_images.py, which are read by rank 0 alone.
+            where one's own images are, see own_images.py.
         data_dir: the folder that keeps the data set; the inner one, cifar-10-batches-py, does too.
         data_url: another address of CIFAR-10's archive, http or https.
 
@@ -42,18 +40,21 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
     Raises:
         UserError: CIFAR-10 is not in `data_dir` and could not be downloaded, or one's own images cannot be used.
     """
-    if dataset not in DATASETS:
-        return distributed.on_first(lambda: torch.from_numpy(load_own_images(dataset, train)))
-    is_first = distributed.LOCAL_RANK == 0  # the others find it done
-    with distributed.first_of_machine_first(), one_at_a_time(data_dir) if is_first else nullcontext():
-        if dataset == "cifar10":
-            images = load_cifar10(data_dir, train, data_url).data.transpose(0, 3, 1, 2)
-        else:
-            images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
-    return torch.from_numpy(np.ascontiguousarray(images))
+
+    def load() -> Tensor:
+        with one_at_a_time(data_dir) if dataset in DATASETS else nullcontext():
+            if dataset == "cifar10":
+                images = load_cifar10(data_dir, train, data_url).data.transpose(0, 3, 1, 2)
+            elif dataset == "shapes":
+                images = _load_shapes(data_dir)[slice(0, TRAINING_IMAGES) if train else slice(TRAINING_IMAGES, None)]
+            else:
+                images = load_own_images(dataset, train)
+        return torch.from_numpy(np.ascontiguousarray(images))
+
+    return distributed.on_first(load)
 
 
-def load_cifar10(data_dir: Path, train: bool = True, data_url: str | None = None) -> "CIFAR10":
+def load_cifar10(data_dir: Path, train: bool = True, data_url: str | None = None) -> Any:
     """CIFAR-10 as torchvision hands it out, with labels; arguments and errors are those of `load_images`."""
     from torchvision.datasets import CIFAR10  # here, for it takes a second, for which --help need not wait
 

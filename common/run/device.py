@@ -4,7 +4,6 @@ import copy
 import ctypes
 import gc
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -74,7 +73,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     "auto" is bf16 on GPUs and x86 CPUs that multiply in it, fp16 on GPUs that have tensor cores for no more than that,
     else fp32.
     """
-    if name != "auto":
+    if name in DTYPES:
         return name
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -108,20 +107,9 @@ def in_precision(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
     return predict_noise
 
 
-def noise_predictor(model: nn.Module, precision: str = "fp32", rows: int = 0) -> NoisePredictor:
-    """The model as sampling and measuring call it: as `in_precision`, on a GPU recorded as a CUDA graph.
-
-    Args:
-        rows: how many images it was compiled for; fewer are filled up to that with copies of the last.
-    """
-    predict_noise = in_precision(model, precision)
-
-    def predict_filled_up(xt: Tensor, t: Tensor) -> Tensor:
-        copies = max(0, rows - len(xt))
-        filled = (torch.cat([x, x[-1:].expand(copies, *x.shape[1:])]) for x in (xt, t))
-        return predict_noise(*filled)[: len(xt)]
-
-    return GraphedFunction(predict_filled_up if rows else predict_noise)
+def noise_predictor(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
+    """The model as sampling and measuring call it: as `in_precision`, on a GPU recorded as a CUDA graph."""
+    return GraphedFunction(in_precision(model, precision))
 
 
 def compiles_training(choice: bool | None, device: torch.device, precision: str) -> bool:
@@ -157,10 +145,8 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
 
     Where that fails, for want of a C++ compiler, say, a warning tells so, and the model goes on as it is.
     """
-    is_first = distributed.RANK == 0
-    if is_first:
+    if distributed.RANK == 0:
         tell("compiling, which can take two minutes the first time")
-    started = time.perf_counter()
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -178,9 +164,6 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
         warn(f"going on without compilation, which failed: {why}{type(error).__name__}: {error}")
         with suppress(Exception):  # where PyTorch refuses to compile at all, there is nothing to take back
             model.compile(disable=True)
-    else:
-        if is_first:
-            tell(f"compiled in {time.perf_counter() - started:.0f} s")
     finally:
         model.zero_grad()
         with suppress(RuntimeError):  # what running it has added cannot be taken back; Run.check tells of that

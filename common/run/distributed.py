@@ -7,9 +7,7 @@ gradients go from GPU to GPU (NCCL).
 import gc
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -17,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.run.errors import UsageError, UserError, drop_what_nobody_takes, warn
+from common.run.errors import UsageError, UserError, drop_what_nobody_takes
 
 K = TypeVar("K", int, tuple[int, int])
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # which torchrun sets
 
 
 def _number(name: str, default: int) -> int:
@@ -40,31 +37,16 @@ def start() -> None:
     """Joins the other processes.
 
     Raises:
-        UsageError: the environment has some of torchrun's variables, and not all of them, or not with sense.
+        UsageError: there is a WORLD_SIZE, but not all else, with sense, that torchrun puts into the environment.
     """
-    values = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    if not {"RANK", "WORLD_SIZE"} & values.keys() or (values.get("RANK", "0"), values.get("WORLD_SIZE")) == ("0", "1"):
-        return
-    for name in VARIABLES:
-        wrong = not values.get(name) or (name != "MASTER_ADDR" and not values[name].isdecimal())
-        limit = {"RANK": WORLD_SIZE, "MASTER_PORT": 2**16}.get(name)
-        if wrong or (limit and int(values[name]) >= limit):
-            found = f"is {values[name]!r}" if name in values else "is not set"
-            raise UsageError(
-                f"environment variable {name}: {found}; torchrun sets {', '.join(VARIABLES)} together, and of these "
-                f"there are {', '.join(values)}; start with torchrun, or unset what another program has left"
-            )
     if WORLD_SIZE > 1:
-        where = f"{values['MASTER_ADDR']}:{values['MASTER_PORT']}"
-        message = f"waiting for all of {WORLD_SIZE} processes to meet at {where}, for up to {PATIENCE}"
-        timer = threading.Timer(10, warn, [message])
-        timer.daemon = True
-        timer.start()
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            dist.init_process_group(backend, timeout=PATIENCE)
+        except ValueError as error:  # it names the environment variable
+            raise UsageError(f"{error}; start with torchrun, or unset WORLD_SIZE, which is {WORLD_SIZE}") from error
         maximum(0)  # waits for all: a rank that ended now would keep slower ones from joining
-        timer.cancel()
 
 
 def stop() -> None:
@@ -141,13 +123,3 @@ def maximum(value: int) -> int:
     result = torch.tensor(value)
     dist.all_reduce(result, dist.ReduceOp.MAX)
     return int(result)
-
-
-@contextmanager
-def first_of_machine_first() -> Iterator[None]:
-    """The first process of each machine runs the block alone; then the others run it, and find the work done."""
-    if LOCAL_RANK > 0:
-        maximum(0)  # waits for all
-    yield
-    if LOCAL_RANK == 0:
-        maximum(0)

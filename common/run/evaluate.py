@@ -3,7 +3,6 @@
 import argparse
 import json
 import pickle
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -19,7 +18,6 @@ from common.likelihood import (
     HELD_OUT_BLOCK,
     Bound,
     held_out_draws,
-    kl_ranges,
     loss_by_quarter,
     mean_over_images,
     repeated,
@@ -48,8 +46,7 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
         raise UsageError("argument --fid-network: requires --fid")
     if options.dataset not in (None, *DATASETS):
         distributed.on_first(lambda: check_place(options.dataset))
-    largest = max(HELD_OUT_BLOCK, min(options.fid, options.batch_size)) if options.fid else HELD_OUT_BLOCK
-    trained = load_trained(stage, options, typed, largest)
+    trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)
     output = options.output or trained.folder / "eval.json"
     check_outputs({"--output": output}, {"--output": [".json"]}, trained.path)
     network = ClassifierFeatures(trained.device) if options.fid_network == "classifier" else INCEPTION
@@ -71,36 +68,22 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
         "torch": torch.__version__,
     }
     schedule = NoiseSchedule().to(trained.device)
-    model = noise_predictor(trained.model, trained.precision, trained.compiled_rows)
-    report["loss"] = _timed(lambda: _loss(model, schedule, held_out, options.seed))
+    model = noise_predictor(trained.model, trained.precision)
+    losses = measure_losses(model, schedule, repeated(held_out, schedule.steps), options.seed)
+    loss, quarters = loss_by_quarter(losses, schedule.steps, len(held_out))
+    report["loss"] = {**loss._asdict(), "quarters": [q._asdict() for q in quarters], "images": len(held_out)}
     images = held_out[: options.num_images]
-    report["bits_per_dim"] = _timed(
-        lambda: _bits_per_dim(measure_bound(model, schedule, images, exact=options.exact, seed=options.seed))
-    )
+    bound = measure_bound(model, schedule, images, exact=options.exact, seed=options.seed)
+    report["bits_per_dim"] = {name: mean_over_images(bits)._asdict() for name, bits in bound.by_name().items()}
     report["bits_per_dim"] |= {"exact": options.exact, "images": len(images)}
     if fid_metric:
-        report["fid"] = _timed(lambda: _fid(fid_metric, trained, options, steps, data(train=True)))
+        report["fid"] = _fid(fid_metric, trained, options, steps, data(train=True))
     if distributed.RANK == 0:
         say(_table(report))
         with atomic_write(output) as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
         say(f"{output}: the same and more")
     return 0
-
-
-def _timed(measure: Callable[[], Report]) -> Report:
-    started = time.perf_counter()
-    return {**measure(), "seconds": time.perf_counter() - started}
-
-
-def _loss(model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, seed: int) -> Report:
-    losses = measure_losses(model, schedule, repeated(images, schedule.steps), seed)
-    loss, quarters = loss_by_quarter(losses, schedule.steps, len(images))
-    return {**loss._asdict(), "quarters": [quarter._asdict() for quarter in quarters], "images": len(images)}
-
-
-def _bits_per_dim(bound: Bound) -> Report:
-    return {name: mean_over_images(bits)._asdict() for name, bits in bound.by_name().items()}
 
 
 def _fid(metric: Any, trained: TrainedModel, options: argparse.Namespace, steps: int, images: Tensor) -> Report:
@@ -194,10 +177,10 @@ def fid(metric: Any, samples: Tensor, images: Tensor) -> float:
 def measure_losses(model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, seed: int = 0) -> Tensor:
     """The noise-prediction loss (eq. 14 of DDPM) of each of `likelihood.held_out_draws`, float64 (N,)."""
 
-    def losses_of_block(model: NoisePredictor, start: int) -> Tensor:
+    def losses_of_block(start: int) -> Tensor:
         return diffusion_loss(model, schedule, *held_out_draws(images, start, schedule, seed))
 
-    return _block_by_block("loss", model, len(images), 1, losses_of_block)
+    return _block_by_block("loss", len(images), losses_of_block)
 
 
 def measure_bound(
@@ -205,33 +188,19 @@ def measure_bound(
 ) -> Bound:
     """`likelihood.variational_bound` of all blocks of the images, float64 (N,) each."""
 
-    def bound_of_block(model: NoisePredictor, start: int) -> Tensor:
+    def bound_of_block(start: int) -> Tensor:
         return torch.stack(variational_bound(model, schedule, images, start, exact=exact, seed=seed), dim=1)
 
-    passes = len(kl_ranges(schedule.steps, exact)) + 1
-    return Bound(*_block_by_block("bound", model, len(images), passes, bound_of_block).unbind(1))
+    return Bound(*_block_by_block("bound", len(images), bound_of_block).unbind(1))
 
 
-def _block_by_block(
-    description: str,
-    model: NoisePredictor,
-    num_images: int,
-    passes: int,
-    values_of_block: Callable[[NoisePredictor, int], Tensor],
-) -> Tensor:
+@torch.no_grad()
+def _block_by_block(description: str, num_images: int, values_of_block: Callable[[int], Tensor]) -> Tensor:
     """What the function returns for the number of each block's first image, joined together as float64 on the CPU.
 
-    Several processes, which must all call this, share the blocks out. A bar shows how often the model was asked:
-    `passes` times for each image.
+    Several processes, which must all call this, share the blocks out.
     """
     starts = range(0, num_images, HELD_OUT_BLOCK)[distributed.RANK :: distributed.WORLD_SIZE]
-    total = sum(min(HELD_OUT_BLOCK, num_images - start) for start in starts) * passes
-    hide = distributed.hides_bars()
-    with torch.no_grad(), tqdm(total=total, desc=description, unit=" images", disable=hide, leave=None) as bar:
-
-        def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
-            bar.update(len(xt))
-            return model(xt, t)
-
-        values = {start: values_of_block(predict_noise, start).cpu().double() for start in starts}
+    bar = tqdm(starts, desc=description, unit=" blocks", disable=distributed.hides_bars(), leave=None)
+    values = {start: values_of_block(start).cpu().double() for start in bar}
     return torch.cat([*distributed.merged(values).values()])

@@ -78,11 +78,7 @@ def remove_run(run_dir: Path) -> None:
 
 
 def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a log.csv anew, so that no interruption leaves half a row, or one twice.
-
-    Args:
-        rows: one per completed epoch, with LOG_COLUMNS for keys.
-    """
+    """Writes a log.csv anew, a row an epoch, so that no interruption leaves half a row, or one twice."""
     lines = [LOG_COLUMNS, *([row[name] for name in LOG_COLUMNS] for row in rows)]
     with atomic_write(path) as file:
         file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())

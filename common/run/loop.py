@@ -1,7 +1,6 @@
 """The loop around a training: steps, checks, checkpoints, signals."""
 
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,8 +93,7 @@ def _is_over(run: Run, max_steps: int | None, received: list[signal.Signals]) ->
 def _stop_signals() -> Iterator[list[signal.Signals]]:
     """Notes SIGINT, SIGTERM and SIGHUP in the list instead of dying of them; a second one acts as usual.
 
-    One that is ignored stays so, as SIGHUP is by `nohup`, and SIGINT by `&` in a script. Only the main thread can have
-    handlers.
+    One that is ignored stays so, as SIGHUP is by `nohup`, and SIGINT by `&` in a script.
     """
     received: list[signal.Signals] = []
 
@@ -104,11 +102,11 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         signal.signal(number, previous[received[-1]])
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
-    numbers = [number for name in names if signal.getsignal(number := signal.Signals[name]) != signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    previous = {number: signal.signal(number, note) for number in numbers}
+    handlers = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
+    previous = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
     try:
+        for number in previous:
+            signal.signal(number, note)
         yield received
     finally:
         for number, handler in previous.items():

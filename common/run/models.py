@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from common.data import seed_everything
 from common.guidance import Classifier
@@ -17,24 +16,9 @@ from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
 from common.run.device import compile_model, pick_device, pick_precision
 from common.run.errors import UsageError, UserError
-from common.run.options import Stage, check_training_options, flag, model_defaults
+from common.run.options import Stage, flag, model_defaults
 
 CLASSIFIER = Path(__file__).resolve().parents[2] / "assets" / "weights" / "classifier.pt"
-MAX_PARAMETERS = 10**9  # with gradients, Adam's moments and the average, these take 20 GB
-
-
-class _SizeLimit(TorchFunctionMode):
-    """Stops a model that makes more parameters (empty tensors at first) than anybody intends."""
-
-    size = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is torch.empty:
-            self.size += result.numel()
-            if self.size > MAX_PARAMETERS:
-                raise ValueError(f"more than {MAX_PARAMETERS:,} parameters; choose smaller options")
-        return result
 
 
 def build_model(stage: Stage, model_options: dict[str, Any], seed: int, path: Path | None = None) -> nn.Module:
@@ -45,13 +29,12 @@ def build_model(stage: Stage, model_options: dict[str, Any], seed: int, path: Pa
         path: the checkpoint that the options come from, if they do.
 
     Raises:
-        UsageError: the options of the command line do not make one, or one that is too large.
+        UsageError: the options of the command line do not make one.
         UserError: those of the checkpoint do not.
     """
     seed_everything(seed)
     try:
-        with _SizeLimit():
-            model = stage.build_model(argparse.Namespace(**copy.deepcopy(model_options)))
+        model = stage.build_model(argparse.Namespace(**copy.deepcopy(model_options)))
         for parameter in model.parameters():
             if torch.empty_like(parameter).stride() != parameter.stride():  # gaps in memory, which fused Adam overlooks
                 parameter.data = parameter.data.contiguous()
@@ -69,11 +52,7 @@ def build_model(stage: Stage, model_options: dict[str, Any], seed: int, path: Pa
 
 
 def new_model_options(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
-    """The model options of the command line.
-
-    Raises:
-        UsageError: a checkpoint would not bring one back as it is.
-    """
+    """The model options of the command line. Raises a UsageError if a checkpoint would not bring one back as it is."""
     asked = {name: getattr(options, name) for name in model_defaults(stage)}
     for name, value in asked.items():
         if not checkpoint.survives(value):
@@ -90,7 +69,6 @@ def saved_model_options(stage: Stage, saved: Checkpoint, path: Path, typed: Mapp
     """
     defaults = model_defaults(stage)
     with checkpoint.reading(path):
-        check_training_options(saved["training_options"])
         model_options = defaults | saved["model_options"]
         if any(isinstance(value, Tensor) for value in model_options.values()):
             raise TypeError("a model option is a tensor")
@@ -120,7 +98,6 @@ class TrainedModel(NamedTuple):
     dataset: str
     epochs: int
     steps: int
-    compiled_rows: int = 0  # see device.noise_predictor
 
 
 def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any], batch_size: int) -> TrainedModel:
@@ -148,16 +125,11 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
     if options.compile:
         compile_model(model, batch_size, precision)
     dataset, progress = saved["training_options"]["dataset"], saved["progress"]
-    rows = batch_size if options.compile else 0
-    return TrainedModel(path, folder, model, device, precision, dataset, progress["epoch"], progress["step"], rows)
+    return TrainedModel(path, folder, model, device, precision, dataset, progress["epoch"], progress["step"])
 
 
 def load_classifier(device: torch.device) -> Classifier:
-    """The classifier that comes with the project.
-
-    Raises:
-        UserError: its file is damaged.
-    """
+    """The classifier that comes with the project. Raises a UserError if its file is damaged."""
     classifier = Classifier().requires_grad_(False).eval()
     with checkpoint.reading(CLASSIFIER):
         weights = torch.load(CLASSIFIER, map_location="cpu", weights_only=True)

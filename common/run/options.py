@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -94,34 +94,18 @@ def path(word: str) -> Path:
     """A file or a folder; ~ is the home folder also where the shell leaves it."""
     if not word:
         raise argparse.ArgumentTypeError("must not be empty")
-    try:
-        return Path(word).expanduser()
-    except RuntimeError as error:  # of an unknown user
-        raise argparse.ArgumentTypeError(f"{word}: {error}") from error
+    return Path(os.path.expanduser(word))  # which leaves the ~ of an unknown user, as a shell does
 
 
 def dataset(word: str) -> str:
-    """The name of a data set, or the absolute path of one's own; a checkpoint may carry that to another system."""
-    if word in DATASETS or PurePosixPath(word).is_absolute() or PureWindowsPath(word).is_absolute():
-        return word
-    return os.path.abspath(path(word))
+    """The name of a data set, or the absolute path of one's own."""
+    return word if word in DATASETS else os.path.abspath(path(word))
 
 
 def _url(word: str) -> str:
     if not word.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"must start with http:// or https://, got {word!r}")
     return word
-
-
-TRAINING_TYPES: dict[str, Callable[[str], Any]] = {  # of what a checkpoint carries too
-    "epochs": whole_number(1),
-    "batch_size": whole_number(1, TRAINING_IMAGES),
-    "lr": positive_float,
-    "ema_decay": partial(_number, kind=float, accept=lambda value: 0 <= value < 1, expected="from 0 to below 1"),
-    "seed": seed,
-    "dataset": dataset,
-    "precision": {name: name for name in PRECISIONS}.get,  # None for any other word
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -159,17 +143,6 @@ def model_defaults(stage: Stage) -> dict[str, Any]:
         return vars(parser.parse_args([]))
     except UsageError as error:
         raise UsageError(f"model options: {error}; give each a default, for a checkpoint knows its own") from error
-
-
-def check_training_options(saved: dict[str, Any]) -> None:
-    """Makes sure that the training options of a checkpoint could have been typed.
-
-    Raises:
-        argparse.ArgumentTypeError, ValueError: they could not.
-    """
-    for name, convert in TRAINING_TYPES.items():
-        if convert(str(saved[name])) != saved[name]:
-            raise ValueError(f"its option {name} is {saved[name]!r}")
 
 
 def flag(name: str) -> str:
@@ -213,16 +186,15 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
 
 
 def _add_training_options(group: OptionGroup, epochs: int) -> None:
-    texts = {
-        "epochs": "passes over the training images",
-        "batch_size": "images per step, of all processes together",
-        "lr": "Adam's learning rate",
-        "ema_decay": "share that the averaged weights keep at each step, at most (less early on); 0: no averaging",
-        "seed": "of weights, order, time steps, noise and flips",
-    }
-    defaults = TrainingOptions(epochs=epochs)
-    for name, text in texts.items():
-        group.add_argument(flag(name), type=TRAINING_TYPES[name], default=getattr(defaults, name), help=text)
+    add, default, batch_size = group.add_argument, TrainingOptions(), whole_number(1, TRAINING_IMAGES)
+    decay = partial(_number, kind=float, accept=lambda value: 0 <= value < 1, expected="from 0 to below 1")
+    keep = "share that the averaged weights keep at each step, at most (less early on); 0: no averaging"
+    together = "images per step, of all processes together"
+    add("--epochs", type=whole_number(1), default=epochs, help="passes over the training images")
+    add("--batch-size", type=batch_size, default=default.batch_size, help=together)
+    add("--lr", type=positive_float, default=default.lr, help="Adam's learning rate")
+    add("--ema-decay", type=decay, default=default.ema_decay, help=keep)
+    add("--seed", type=seed, default=default.seed, help="of weights, order, time steps, noise and flips")
 
 
 def _add_data_options(group: OptionGroup, default: str | None = "cifar10") -> None:
@@ -326,10 +298,3 @@ def channel_mult(group: OptionGroup) -> None:
 def hflip(group: OptionGroup, default: bool = False) -> None:
     text = "flip training images left-right with probability 1/2"
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=default, help=text)
-
-
-class AnyOrder(argparse.Action):
-    """For options with several values whose order means nothing: the largest comes first."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, sorted(set(values), reverse=True))

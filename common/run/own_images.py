@@ -21,11 +21,7 @@ NAMED_IN_WARNING = 5  # of the files that are left out
 
 
 def check_place(place: str) -> None:
-    """Makes sure that images can be looked for in a place.
-
-    Raises:
-        UsageError: it is neither a folder nor an .npy or .npz file.
-    """
+    """Raises a UsageError unless images can be looked for in a place."""
     if not os.path.isdir(place) and not (os.path.isfile(place) and Path(place).suffix.lower() in ARRAYS):
         raise UsageError(
             f"argument --dataset: neither a folder nor an .npy or .npz file: {place}; "

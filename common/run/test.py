@@ -17,9 +17,9 @@ from common.run.options import Stage
 from common.run.pictures import (
     FILM_FORMATS,
     Film,
-    check_folder,
     check_outputs,
     default_steps,
+    make_folder,
     sample_images,
     save_film,
     save_grid,
@@ -46,8 +46,7 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
         raise UsageError(f"argument --label: {reason}")
     classifier = load_classifier(trained.device) if options.label else None
     if options.save_images:
-        distributed.on_first(lambda: check_folder(options.save_images, outputs))
-        distributed.on_first(lambda: options.save_images.mkdir(parents=True, exist_ok=True))
+        distributed.on_first(lambda: make_folder(options.save_images))
     # Where to, how many moments, how many images, how
     kinds = ((options.film, 50, 64, save_film), (options.trajectory, 10, 8, save_trajectory))
     films = [(path, Film(steps, frames, num_images), save) for path, frames, num_images, save in kinds if path]
@@ -80,11 +79,7 @@ def draw(
     films: Sequence[Film] = (),
     classifier: Classifier | None = None,
 ) -> Tensor:
-    """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar and on film.
-
-    Args:
-        classifier: what is to see the class --label in them.
-    """
+    """Images from the model, uint8 (num_images, 3, 32, 32), by all processes together, with a bar and on film."""
     hide = distributed.hides_bars()
     total = num_images * steps // distributed.WORLD_SIZE
     with tqdm(total=total, unit=" image steps", desc=options.sampler, disable=hide) as bar:
@@ -95,7 +90,7 @@ def draw(
                 film(start, step, xt)
 
         schedule = NoiseSchedule().to(trained.device)
-        predict_noise = noise_predictor(trained.model, trained.precision, trained.compiled_rows)
+        predict_noise = noise_predictor(trained.model, trained.precision)
         if classifier:
             label = CLASSES.index(options.label)
             predict_noise = guided(predict_noise, classifier, schedule, label, options.guidance_scale)

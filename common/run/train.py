@@ -1,7 +1,6 @@
 """The command `train`: begins a run, or goes on with one."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from common.run.device import compile_model, compiles_training, pick_device, pic
 from common.run.errors import UsageError, UserError, counted, printable, say
 from common.run.folder import MARK, RUN_FILES, locked, remove_run
 from common.run.models import build_model, new_model_options, refuse_contradictions, saved_model_options
-from common.run.options import Stage, flag
+from common.run.options import Stage
 from common.run.own_images import check_place
 from common.run.trainer import Run
 
@@ -29,6 +28,8 @@ FIXED = ("dataset", "seed")  # training options that a run cannot change when it
 def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Trains a stage. Returns the exit status."""
     run_dir: Path = options.run_dir
+    if not options.resume:  # wrong model options are told before any work; those of a saved run may differ
+        build_model(stage, new_model_options(stage, options), options.seed)
     if options.dataset not in DATASETS:
         distributed.on_first(lambda: check_place(options.dataset))
         if run_dir.resolve() == Path(options.dataset).resolve():
@@ -46,11 +47,6 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
             raise UsageError(
                 f"argument --batch-size: {run.options.batch_size} is more than the {len(images)} training images of "
                 f"{run.options.dataset}; give a smaller one"
-            )
-        if run.progress.seen >= len(images):
-            raise UserError(
-                f"training images: {len(images)}, of which the run has seen {run.progress.seen} in this epoch; "
-                "give those with which it began"
             )
         if is_first:
             _announce(run, len(images), run_dir)
@@ -72,22 +68,14 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
         under_way = f", train loss {run.mean_loss():.4f} in the epoch under way" if progress.seen else ""
         steps = counted(progress.step, "step")
         say(f"{run_dir / 'checkpoint.pt'}: {progress.epoch} of {counted(epochs, 'epoch')} done, {steps}{under_way}")
-        is_finished = progress.epoch >= epochs
-        verb = "draw pictures" if is_finished else "go on"
-        say(f"{verb} with: {_next_command(stage, typed, is_finished)}")
+        draw = shlex.join(["python", stage.script, "test", "--run-dir", str(run_dir)])
+        say(f"draw pictures with: {draw}" if progress.epoch >= epochs else "go on with: the same command, and --resume")
     return 128 + received if received else 0
 
 
 def _take_run_folder(stage: Stage, options: argparse.Namespace, held: ExitStack) -> Checkpoint | None:
-    """Locks the run folder until `held` is left. Returns the checkpoint to go on from, if --resume finds one.
-
-    Raises:
-        UsageError: the folder has a run that may not be replaced, or files that no run has left there.
-    """
+    """Locks the run folder until `held` is left. Returns the checkpoint to go on from, if --resume finds one."""
     run_dir, path = options.run_dir, options.run_dir / "checkpoint.pt"
-    for name in (path.name, MARK):  # to open a pipe could wait forever
-        if os.path.lexists(run_dir / name) and not (run_dir / name).is_file():
-            raise UsageError(f"--run-dir {run_dir}: {name} there is no file; move it away, or name another folder")
     present = [name for name in RUN_FILES if (run_dir / name).exists()]
     if present and not (run_dir / MARK).exists():
         if not path.exists():
@@ -159,19 +147,3 @@ def _announce(run: Run, num_images: int, run_dir: Path) -> None:
         f"{num_images:,} images of {printable(run.options.dataset)}; {where}; "
         f"{counted(run.options.epochs, 'epoch')}, {run.progress.epoch} done; {run_dir}"
     )
-
-
-def _next_command(stage: Stage, typed: Mapping[str, Any], is_finished: bool) -> str:
-    """What to type after `train`: with those of the typed options that the checkpoint does not carry."""
-    if distributed.WORLD_SIZE > 1 and not is_finished:
-        return "the same torchrun command, and --resume"
-    words = ["python", stage.script, *(["test"] if is_finished else ["train", "--resume"])]
-    names = ["run_dir", "device"]
-    if not is_finished:
-        names += ["data_dir", "data_url", "compile", "sample_every", "checkpoint_every"]
-    for name in names:
-        if isinstance(typed.get(name), bool):
-            words.append(flag(name) if typed[name] else flag(f"no_{name}"))
-        elif name in typed:
-            words += [flag(name), str(typed[name])]
-    return shlex.join(words)

@@ -63,8 +63,7 @@ class Run(Trainer):
         mine = (x.chunk(distributed.WORLD_SIZE)[distributed.RANK] for x in (x0, t, noise))
         loss = super().gradient_step(*mine)
         distributed.average([loss])
-        if distributed.WORLD_SIZE > 1:
-            distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
+        distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
         self._all_finite &= loss.isfinite()
         self._finite_steps += self._all_finite
         self._loss_sum += loss * len(x0)
@@ -76,9 +75,6 @@ class Run(Trainer):
 
         The factor adapts (arXiv:1710.03740, section 3.2): a step whose gradients overflow is skipped, and halves it;
         after 2,000 others it doubles. All of that is computed on the device, so that nothing waits for a GPU.
-
-        Raises:
-            UserError: it cannot be done with the model's types of parameters.
         """
         if others := {p.dtype for p in self.model.parameters()} - {torch.float32, torch.float64}:
             raise UserError(f"argument --precision: fp16 cannot train parameters of type {others.pop()}; try fp32")
@@ -174,14 +170,7 @@ class Run(Trainer):
         return saved
 
     def restore(self, saved: Checkpoint, path: Path) -> None:
-        """Goes back to where `checkpoint` was called, with this Run's own options.
-
-        Args:
-            path: where `saved` was read from.
-
-        Raises:
-            UserError: `saved` does not fit.
-        """
+        """Goes back to where `checkpoint` was called, with this Run's own options. `saved` was read from `path`."""
         self.progress = RunProgress(**saved["progress"])
         self._loss_sum.fill_(self.progress.loss_sum)
         self._loss_count.fill_(self.progress.seen)
@@ -194,21 +183,13 @@ class Run(Trainer):
             param_groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
             if self.scaler and "scaler" in saved:
-                scaler, own = saved["scaler"], self.scaler.state_dict()
-                limits = {int: 2**31, float: 2.0**127}  # a scale may have doubled many times
-                if not all(type(scaler[n]) is type(own[n]) and 0 <= scaler[n] < limits[type(own[n])] for n in own):
-                    raise ValueError(f"its scaler is {scaler!r}")
-                self.scaler.load_state_dict(scaler)
+                self.scaler.load_state_dict(saved["scaler"])
         if isinstance(self.gradient_step, GraphedFunction):
             self.gradient_step.forget()  # which works on the optimizer's old state
 
 
 def _fitting_moments(state: dict[str, Tensor], parameter: Tensor, n: int) -> dict[str, Tensor]:
-    """Adam's state of parameter number n, in its memory layout, which fused Adam relies on.
-
-    Raises:
-        KeyError, ValueError: it is none.
-    """
+    """Adam's state of parameter number n, in its memory layout, which fused Adam relies on."""
     step, first, second = state["step"], state["exp_avg"], state["exp_avg_sq"]
     if not (step.shape == () and first.shape == second.shape == parameter.shape):
         raise ValueError(f"the optimizer's state of parameter {n} has another shape")
