@@ -8,12 +8,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from common.blocks import (
-    Downsample,
     PositionalEncoding,
     ResnetBlock,
     TimestepBlock,
     TimestepBlockSequential,
-    Upsample,
     group_norm,
 )
 
@@ -54,22 +52,9 @@ def test_an_untrained_resnet_block_is_its_shortcut() -> None:
     assert torch.equal(ResnetBlock(32, 32, embed_dim=8)(x, torch.randn(2, 8)), x)
 
 
-def test_resnet_block_has_a_convolution_as_shortcut_only_where_the_channels_change() -> None:
-    assert isinstance(ResnetBlock(32, 32, 8).shortcut, nn.Identity)
-    shortcut = ResnetBlock(32, 64, 8).shortcut
-    assert isinstance(shortcut, nn.Conv2d)
-    assert shortcut.kernel_size == (1, 1)
-
-
 @pytest.mark.parametrize(("channels", "groups"), [(16, 4), (32, 8), (96, 24), (128, 32), (512, 32)])
 def test_group_norm_has_four_channels_to_a_group_or_32_groups(channels: int, groups: int) -> None:
     assert group_norm(channels).num_groups == groups
-
-
-@pytest.mark.parametrize(("channels", "norm_groups"), [(16, 16), (32, 1), (96, 32)])
-def test_group_norm_has_the_groups_that_it_is_told(channels: int, norm_groups: int) -> None:
-    block = ResnetBlock(channels, 2 * channels, 8, nn.ReLU, norm_groups)
-    assert (block.norm1.num_groups, block.norm2.num_groups) == (norm_groups, norm_groups)
 
 
 @pytest.mark.parametrize(("channels", "norm_groups"), [(16, 32), (32, 12), (2, None), (32, 0)])
@@ -83,26 +68,6 @@ def test_group_norm_keeps_what_sets_the_means_of_its_channels_apart(channels: in
     x, means = torch.randn(2, channels, 8, 8), torch.randn(channels)
     kept = group_norm(channels)(x + 3 * means[:, None, None]).mean(dim=(0, 2, 3))
     assert torch.corrcoef(torch.stack([kept, means]))[0, 1] > 0.5
-
-
-def test_resnet_block_takes_an_activation() -> None:
-    block = ResnetBlock(16, 32, 8, activation_fn=nn.GELU)
-    assert len([m for m in block.modules() if isinstance(m, nn.GELU)]) == 2
-
-
-def test_downsample_halves_and_upsample_doubles() -> None:
-    x = torch.randn(2, 4, 8, 8)
-    assert Downsample(4, 6)(x).shape == (2, 6, 4, 4)
-    assert Upsample(4, 6)(x).shape == (2, 6, 16, 16)
-
-
-def test_upsample_repeats_pixels_before_its_convolution() -> None:
-    up = Upsample(1, 1)
-    nn.init.dirac_(up.conv.weight)
-    assert up.conv.bias is not None
-    nn.init.zeros_(up.conv.bias)
-    x = torch.randn(1, 1, 3, 3)
-    assert torch.equal(up(x), x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
 
 def test_sequential_hands_the_embedding_to_timestep_blocks_alone() -> None:

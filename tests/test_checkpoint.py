@@ -25,26 +25,6 @@ def contents() -> Checkpoint:
     return run.checkpoint()
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path, contents: Checkpoint) -> None:
-    checkpoint.save(tmp_path / "checkpoint.pt", contents)
-    loaded = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")
-    assert loaded.keys() == contents.keys()
-    assert loaded["training_options"] == contents["training_options"]
-    assert torch.equal(loaded["ema"]["conv_in.weight"], contents["ema"]["conv_in.weight"])
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, contents: Checkpoint) -> None:
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, contents)
-    before = path.read_bytes()
-    with pytest.raises(RuntimeError, match="the disk is full"), atomic_write(path) as file:
-        file.write(b"half of it")
-        raise RuntimeError("the disk is full")
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_the_file_is_on_the_disk_before_it_is_moved_and_so_is_the_move_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

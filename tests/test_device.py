@@ -2,8 +2,6 @@
 
 import copy
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,8 +11,10 @@ import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from common.blocks import PositionalEncoding, ResnetBlock
 from common.run import checkpoint
 from common.run.checkpoint import RunOptions
+from common.run.cli import main
 from common.run.device import (
     DTYPES,
     GraphedFunction,
@@ -24,9 +24,10 @@ from common.run.device import (
     pick_precision,
 )
 from common.run.errors import UsageError
+from common.run.options import Stage
 from common.run.trainer import Run
 from part_a_cifar import Model
-from tests.conftest import ROOT, STAGES
+from tests.conftest import STAGES
 
 E = STAGES[4]
 
@@ -79,33 +80,50 @@ def test_without_a_compiler_the_model_runs_as_it_is(capsys: pytest.CaptureFixtur
     assert "going on without compilation" in warnings[0]
 
 
+class OneBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = PositionalEncoding(8, 1000)
+        self.conv_in = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = ResnetBlock(8, 8, 8)
+        self.conv_out = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.conv_out(self.block(self.conv_in(x), self.embed(t)))
+
+
 @needs_compiler
 def test_a_compiled_run_that_goes_on_ends_as_the_uncut_one(
-    tmp_path: Path, shapes_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shapes_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each in a process of its own: the first compiles, the others find what it has compiled."""
+    """The first compiles, the others find what it has compiled."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: OneBlock())
 
-    def train(folder: str, *options: str) -> str:
+    def train(folder: str, *options: str) -> None:
+        torch._dynamo.reset()
+        counters.clear()
         words = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path / folder), *options]
-        small = ["--model-channels", "32", "--channel-mult", "1", "--num-res-blocks", "1", "--batch-size", "8"]
-        command = [sys.executable, f"{E}.py", "train", "--compile", *small, *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
+        with pytest.raises(SystemExit) as stopped:
+            main(stage, ["train", "--compile", "--batch-size", "8", "--device", "cpu", *words])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 0, error
+        assert "going on without" not in error
+        assert counters["stats"]["unique_graphs"] == 1
 
-    assert "going on without" not in train("cut", "--max-steps", "2")
+    train("cut", "--max-steps", "2")
     train("cut", "--max-steps", "5", "--resume")
     train("uncut", "--max-steps", "5")
-    cut, uncut = (checkpoint.load(tmp_path / name / "checkpoint.pt", E) for name in ("cut", "uncut"))
+    cut, uncut = (checkpoint.load(tmp_path / name / "checkpoint.pt", "part_h") for name in ("cut", "uncut"))
     for part in ("model", "ema"):
         assert all(torch.equal(cut[part][name], uncut[part][name]) for name in uncut[part])
 
 
-def test_graphed_function_is_the_function_itself_without_a_gpu() -> None:
-    square = GraphedFunction(torch.square)
-    for value in range(6):
-        assert square(torch.tensor(float(value))) == value**2
+def test_several_processes_cannot_share_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.run.distributed.WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="several processes cannot share mps"):
+        pick_device("mps")
 
 
 @needs_gpu

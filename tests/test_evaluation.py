@@ -319,7 +319,7 @@ def test_eval_prints_a_table_and_leaves_its_numbers_in_the_run_folder(
         "stage": A, "weights": "ema", "epochs": 0, "steps": 3, "dataset": "shapes", "seed": 4,
     }  # fmt: skip
     loss, bits, fid = report["loss"], report["bits_per_dim"], report["fid"]
-    assert (loss["images"], bits["images"], bits["exact"]) == (200, 6, False)
+    assert (loss["images"], bits["images"], bits["exact"]) == (40, 6, False)
     assert loss["mean"] == pytest.approx(np.mean([quarter["mean"] for quarter in loss["quarters"]]))
     parts = sum(bits[part]["mean"] for part in ("prior", "kl", "decoder"))
     assert bits["total"]["mean"] == pytest.approx(parts)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import part_a_cifar
 import part_g_cifar
 from common.diffusion import NoiseSchedule
 from common.run import device
@@ -24,7 +23,6 @@ from tests.conftest import needs_bf16
 from tests.test_training import assert_same
 
 STAGES: dict[str, Callable[[], nn.Module]] = {
-    "part_a_cifar": part_a_cifar.Model,
     "part_g_cifar": partial(part_g_cifar.Model, num_res_blocks=1, channel_mult=(1, 1)),
     "tiny": tiny_run.Tiny,
 }
@@ -45,9 +43,7 @@ def recorded(run: Run) -> GraphedFunction:
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        ("part_a_cifar", "fp32"),
         ("part_g_cifar", "fp32"),
-        pytest.param("part_a_cifar", "bf16", marks=needs_bf16),
         pytest.param("part_g_cifar", "bf16", marks=needs_bf16),
         ("tiny", "bf16"),
         ("tiny", "fp16"),  # which most CPUs convert from and to

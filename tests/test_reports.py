@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,6 +26,7 @@ from common.run.errors import UsageError, UserError
 from common.run.folder import one_at_a_time
 from common.run.loop import train
 from common.run.pictures import sample_images
+from common.run.trainer import Run
 from tests import tiny_run
 from tests.conftest import ROOT, STAGES, mind_signals, run_stage, wait_for_checkpoint
 
@@ -67,10 +67,14 @@ def test_a_folder_with_files_of_others_is_refused_and_left_alone(
 
 
 def test_overwriting_deletes_the_files_of_the_run_by_their_names_alone(
-    tmp_path: Path, short: tuple[object, ...]
+    tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     assert run_stage(A, "train", *short, "--max-steps", 2) == 0
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
     for name in ("samples/photo.png", "samples/epoch-0001.txt", "notes.txt"):
         (run_dir / name).write_bytes(b"mine")
     for name in ("samples/epoch-0001.png", "eval.json"):
@@ -125,10 +129,6 @@ def test_a_data_folder_is_no_run_folder(
     assert (kept_shapes / "log.csv").read_text() == "mine"
 
 
-def test_a_run_may_lie_in_its_data_folder(kept_shapes: Path, short: tuple[object, ...]) -> None:
-    assert run_stage(A, "train", *short, "--data-dir", kept_shapes, "--max-steps", 1) == 0
-
-
 @pytest.mark.parametrize("name", [".run.lock", ".data.lock"])
 def test_a_lock_leaves_the_file_as_it_is(
     name: str, kept_shapes: Path, tmp_path: Path, short: tuple[object, ...]
@@ -139,26 +139,24 @@ def test_a_lock_leaves_the_file_as_it_is(
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-@pytest.mark.parametrize("stream", [">", "2>"])
-@pytest.mark.parametrize("where", ["/dev/full", "&-"])
-def test_a_stream_that_takes_nothing_costs_nothing(
-    stream: str, where: str, tmp_path: Path, short: tuple[object, ...]
-) -> None:
+@pytest.mark.parametrize("streams", [">/dev/full", "2>/dev/full", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_takes_nothing_costs_nothing(streams: str, tmp_path: Path, short: tuple[object, ...]) -> None:
     """A full disk behind stdout or stderr; or none of them at all, as with pythonw."""
-    if where == "/dev/full" and not Path(where).exists():
+    if "full" in streams and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    run_dir = tmp_path / "run"
-    script = f"{shlex.quote(sys.executable)} {A}.py"
-    for command, product in (
-        (["train", *map(str, short), "--max-steps", "1"], "checkpoint.pt"),
-        (["test", "--run-dir", str(run_dir), "--num-images", "2", "--steps", "2"], "samples.png"),
-    ):
-        line = f"{script} {shlex.join(command)} {stream}{where}"
-        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, env=BUFFERED)
-        assert done.returncode == 0, done
-        assert (run_dir / product).exists()
-    assert subprocess.run(f"{script} train --lr x {stream}{where}", shell=True, cwd=ROOT, env=BUFFERED).returncode == 2
-    assert subprocess.run(f"{script} train --help {stream}{where}", shell=True, cwd=ROOT, env=BUFFERED).returncode == 0
+
+    def status(*words: object) -> int:
+        line = shlex.join([sys.executable, f"{A}.py", *map(str, words)])
+        return subprocess.run(f"{line} {streams}", shell=True, cwd=ROOT, env=BUFFERED).returncode
+
+    assert status("train", *short, "--max-steps", 1) == 0
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    if "2>" in streams:
+        assert status("test", "--run-dir", tmp_path / "run", "--num-images", 2, "--steps", 2) == 0
+        assert (tmp_path / "run" / "samples.png").exists()
+        assert status("train", "--lr", "x") == 2
+    else:
+        assert status("train", "--help") == 0
 
 
 def test_a_samples_folder_that_cannot_be_used_does_not_keep_a_run_from_going_on(
@@ -204,16 +202,19 @@ def test_what_is_wrong_in_a_checkpoint_is_not_blamed_on_the_command_line(
     assert capsys.readouterr().err.count("\n") == 1  # without a word of compiling, which can take two minutes
 
 
-def test_eval_into_a_full_device_keeps_its_numbers(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("short_eval")
+def test_eval_into_a_full_device_keeps_its_numbers(
+    tmp_path: Path, short: tuple[object, ...], shapes_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(256, size=(200, 32, 32, 3), dtype=np.uint8))
-    common = ("--dataset", tmp_path / "images.npy", "--run-dir", tmp_path / "run")
-    training = ("--batch-size", 2, "--max-steps", 1, "--sample-every", 0)
-    assert run_stage(A, "train", *common, *training) == 0
-    words = [sys.executable, f"{A}.py", "eval", *common, "--num-images", "2"]
-    done = subprocess.run(f"{shlex.join(map(str, words))} >/dev/full", shell=True, cwd=ROOT)
-    assert done.returncode == 0
+    assert run_stage(A, "train", *short, "--max-steps", 1) == 0
+    full = os.open("/dev/full", os.O_WRONLY)
+    with monkeypatch.context() as patch, open(full, "w") as stdout:
+        patch.setattr(sys, "stdout", stdout)
+        measure = ("eval", "--run-dir", tmp_path / "run", "--data-dir", shapes_dir, "--num-images", 2)
+        assert run_stage(A, *measure) == 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full)  # closing it would fail
     assert (tmp_path / "run" / "eval.json").exists()
 
 
@@ -327,31 +328,40 @@ def started_run(words: list[str], tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_closed_window_saves_and_nohup_goes_on(tmp_path: Path, short: tuple[object, ...]) -> None:
-    words = [sys.executable, f"{A}.py", "train", *map(str, short), "--checkpoint-every", "1"]
-    process = started_run(words, tmp_path)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 128 + signal.SIGHUP
-    step = checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"]
-    assert step > 0
-    process = started_run(["nohup", *words, "--resume"], tmp_path)
-    process.send_signal(signal.SIGHUP)
-    time.sleep(1)
-    assert process.poll() is None
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"] > step
+@pytest.fixture
+def signal_in_step_2(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> signal.Signals:
+    gradient_step = Run.gradient_step
+
+    def step(self: Run, *batch: torch.Tensor) -> torch.Tensor:
+        if self.progress.step == 1:
+            os.kill(os.getpid(), request.param)
+        return gradient_step(self, *batch)
+
+    monkeypatch.setattr(Run, "gradient_step", step)
+    return request.param
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, short: tuple[object, ...]) -> None:
-    """As `&` in a script leaves SIGINT."""
-    words = shlex.join([sys.executable, f"{A}.py", "train", *map(str, short), "--checkpoint-every", "1"])
-    process = started_run(["sh", "-c", f"trap '' INT; exec {words}"], tmp_path)
-    process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert process.poll() is None
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
+@pytest.mark.parametrize("signal_in_step_2", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], indirect=True)
+def test_a_signal_saves_at_the_end_of_the_step(
+    signal_in_step_2: signal.Signals, tmp_path: Path, short: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(A, "train", *short, "--max-steps", 4) == 128 + signal_in_step_2
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"] == 2
+    assert "--resume" in capsys.readouterr().out
+    assert run_stage(A, "train", *short, "--resume", "--max-steps", 3) == 0
+
+
+@pytest.mark.parametrize("signal_in_step_2", [signal.SIGINT, signal.SIGHUP], indirect=True)
+def test_a_signal_that_is_ignored_stays_so(
+    signal_in_step_2: signal.Signals, tmp_path: Path, short: tuple[object, ...]
+) -> None:
+    """As `&` in a script leaves SIGINT, and nohup SIGHUP."""
+    before = signal.signal(signal_in_step_2, signal.SIG_IGN)
+    try:
+        assert run_stage(A, "train", *short, "--max-steps", 4) == 0
+    finally:
+        signal.signal(signal_in_step_2, before)
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt", A)["progress"]["step"] == 4
 
 
 def test_interrupted_under_tee_the_status_is_that_of_the_signal(tmp_path: Path, short: tuple[object, ...]) -> None:

@@ -3,9 +3,6 @@
 import csv
 import importlib
 import math
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from common.run.loop import train
 from common.run.trainer import Run
 from common.training import AveragedWeights, Trainer, TrainingOptions
 from tests import tiny_run
-from tests.conftest import ROOT, STAGES, mind_signals, needs_bf16, run_stage, wait_for_checkpoint
+from tests.conftest import STAGES, needs_bf16
 
 PATTERN = {"epochs": 3, "batch_size": 16}  # of 50 images: 3 steps an epoch, 9 in all
 
@@ -63,66 +60,41 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The last checkpoint of a run that nothing interrupted and that drew no pictures."""
     images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     run_dir = tmp_path_factory.mktemp("uncut")
-    train(make_trainer(hflip=True), images, images, run_dir, sample_every=0)
-    return dict(checkpoint.load(run_dir / "checkpoint.pt", "part_a_cifar"))
+    train(tiny_run.make_trainer(epochs=3), images, images, run_dir, sample_every=0)
+    return dict(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE))
 
 
-@pytest.mark.parametrize("cuts", [[1], [2], [3], [4, 5], [6], [8], [1, 2, 3, 4, 5, 6, 7, 8], [9]])
+@pytest.mark.parametrize("cuts", [[1], [1, 2, 3, 4, 5, 6, 7, 8], [9]])
 def test_resumed_run_equals_the_uncut_one_bit_for_bit(
     images: Tensor, tmp_path: Path, uncut: dict[str, Any], cuts: list[int]
 ) -> None:
     for max_steps in [*cuts, None]:
         torch.manual_seed(max_steps or 99)  # as another process would start out
-        trainer = make_trainer(hflip=True)
+        trainer = tiny_run.make_trainer(epochs=3)
         if (tmp_path / "checkpoint.pt").exists():
-            trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"), tmp_path / "checkpoint.pt")
+            trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE), tmp_path / "checkpoint.pt")
         train(trainer, images, images, tmp_path, max_steps=max_steps, sample_every=0)
         assert trainer.progress.step == (max_steps or 9)
-    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
+    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)), uncut)
     assert [row["epoch"] for row in read_log(tmp_path)] == ["1", "2", "3"]
 
 
-def test_a_checkpoint_in_the_middle_of_an_epoch_is_as_good(
-    images: Tensor, tmp_path: Path, uncut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run dies right after its checkpoint of step 4, as if killed."""
-
-    class Killed(BaseException):
-        pass
-
-    save = checkpoint.save
-
-    def save_then_die(path: Path, contents: checkpoint.Checkpoint) -> None:
-        save(path, contents)
-        if contents["progress"]["step"] == 4:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "save", save_then_die)
-        train(make_trainer(hflip=True), images, images, tmp_path, sample_every=0, checkpoint_every=2)
-    trainer = make_trainer(hflip=True)
-    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"), tmp_path / "checkpoint.pt")
-    assert (trainer.progress.step, trainer.progress.seen) == (4, 16)
-    train(trainer, images, images, tmp_path, sample_every=0)
-    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
-
-
 def test_a_run_that_has_made_its_steps_makes_no_more(images: Tensor, tmp_path: Path, uncut: dict[str, Any]) -> None:
-    trainer = make_trainer(hflip=True)
+    trainer = tiny_run.make_trainer(epochs=3)
     train(trainer, images, images, tmp_path, max_steps=4, sample_every=0)
     for max_steps in (4, 3, 1):
         train(trainer, images, images, tmp_path, max_steps=max_steps, sample_every=0)
         assert trainer.progress.step == 4
     train(trainer, images, images, tmp_path, max_steps=100, sample_every=0)
-    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
+    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)), uncut)
 
 
 def test_pictures_during_training_change_nothing_in_the_weights(
     images: Tensor, tmp_path: Path, uncut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.run.report.GRID_IMAGES", 4)
-    train(make_trainer(hflip=True), images, images, tmp_path, sample_every=2)
-    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")), uncut)
+    train(tiny_run.make_trainer(epochs=3), images, images, tmp_path, sample_every=2)
+    assert_same(dict(checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)), uncut)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "data.png", "epoch-0002.png", "epoch-0003.png",
     ]  # fmt: skip
@@ -134,12 +106,12 @@ def test_pictures_that_a_death_left_out_are_drawn_on_resuming(
 ) -> None:
     """The run dies after its checkpoint, and before the grid."""
     monkeypatch.setattr("common.run.report.GRID_IMAGES", 4)
-    train(make_trainer(), images, images, tmp_path, max_steps=6, sample_every=2)
+    train(tiny_run.make_trainer(epochs=3), images, images, tmp_path, max_steps=6, sample_every=2)
     grid = tmp_path / "samples" / "epoch-0002.png"
     drawn = grid.read_bytes()
     grid.unlink()
-    trainer = make_trainer()
-    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar"), tmp_path / "checkpoint.pt")
+    trainer = tiny_run.make_trainer(epochs=3)
+    trainer.restore(checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE), tmp_path / "checkpoint.pt")
     train(trainer, images, images, tmp_path, max_steps=6, sample_every=2)
     assert grid.read_bytes() == drawn
 
@@ -152,7 +124,7 @@ def test_a_picture_of_weights_that_are_gone_is_drawn_anew(
     grid = tmp_path / "samples" / "epoch-0001.png"
     grid.parent.mkdir()
     grid.write_bytes(b"stale")
-    train(make_trainer(), images, images, tmp_path, max_steps=3, sample_every=1)
+    train(tiny_run.make_trainer(epochs=3), images, images, tmp_path, max_steps=3, sample_every=1)
     assert Image.open(grid).size == (70, 70)
 
 
@@ -160,10 +132,10 @@ def test_a_picture_of_weights_that_are_gone_is_drawn_anew(
 def test_another_seed_or_option_gives_other_weights(images: Tensor, option: dict[str, Any]) -> None:
     weights = []
     for options in ({"hflip": True}, {"hflip": True, **option}):
-        trainer = make_trainer(**options)
+        trainer = tiny_run.make_trainer(**options)
         for _ in zip(range(2), trainer.steps(images)):
             pass
-        weights.append(trainer.model.state_dict()["conv_in.weight"])
+        weights.append(trainer.model.state_dict()["net.0.weight"])
     assert torch.equal(*weights) == (not option)
 
 
@@ -257,8 +229,8 @@ def test_averaging_copies_buffers_and_keeps_float32() -> None:
 
 
 def test_averaging_turned_off_leaves_the_weights_themselves(images: Tensor, tmp_path: Path) -> None:
-    train(make_trainer(ema_decay=0.0, epochs=1), images, images, tmp_path, sample_every=0)
-    saved = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")
+    train(tiny_run.make_trainer(ema_decay=0.0, epochs=1), images, images, tmp_path, sample_every=0)
+    saved = checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)
     assert_same(dict(saved["ema"]), dict(saved["model"]))
 
 
@@ -277,16 +249,24 @@ def test_bf16_autocast_learns_as_fp32_does(stage: str) -> None:
     assert means[1] == pytest.approx(means[0], rel=0.05)
 
 
-@pytest.mark.parametrize(("save_every", "saved_steps"), [(0, [3, 6, 9, 12]), (60, [12]), (2.5, [9, 12])])
+@pytest.mark.parametrize(
+    ("checkpoint_every", "save_every", "saved_steps"),
+    [(None, 0, [3, 6, 9, 12]), (None, 60, [12]), (None, 2.5, [9, 12]), (5, 60, [5, 10, 12])],
+)
 def test_a_checkpoint_is_saved_after_every_epoch_but_not_more_often_than_so_many_seconds(
-    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: float, saved_steps: list[int]
+    images: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_every: int | None,
+    save_every: float,
+    saved_steps: list[int],
 ) -> None:
     """With a clock that moves by a second an epoch. The last epoch is saved in any case."""
     run, saved = tiny_run.make_trainer(epochs=4), []
     monkeypatch.setattr("common.run.loop.SAVE_EVERY", save_every)
     monkeypatch.setattr("common.run.loop.time.perf_counter", lambda: float(run.progress.step // 3))
     monkeypatch.setattr(checkpoint, "save", lambda path, contents: saved.append(contents["progress"]["step"]))
-    train(run, images, images, tmp_path, sample_every=0)
+    train(run, images, images, tmp_path, sample_every=0, checkpoint_every=checkpoint_every)
     assert saved == saved_steps
 
 
@@ -364,19 +344,18 @@ def test_a_damaged_scale_is_refused(images: Tensor, tmp_path: Path) -> None:
 
 
 def test_log_has_a_row_per_epoch(images: Tensor, tmp_path: Path) -> None:
-    train(make_trainer(), images, images, tmp_path, sample_every=0)
+    train(tiny_run.make_trainer(epochs=3), images, images, tmp_path, sample_every=0)
     rows = read_log(tmp_path)
     assert list(rows[0]) == ["epoch", "step", "train_loss", "held_out_loss", "images_per_second", "seconds"]
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6"), ("3", "9")]
     for row in rows:
         assert 0.1 < float(row["train_loss"]) < 2
-        assert float(row["images_per_second"]) == pytest.approx(48 / float(row["seconds"]), rel=0.1)
 
 
 def test_data_grid_shows_images_as_the_model_sees_them(tmp_path: Path) -> None:
     half = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
     half[..., :16] = 255  # white on the left
-    train(make_trainer(hflip=True, epochs=1, batch_size=64), half, half, tmp_path, sample_every=0)
+    train(tiny_run.make_trainer(epochs=1, batch_size=64), half, half, tmp_path, sample_every=0)
     grid = np.asarray(Image.open(tmp_path / "samples" / "data.png"))
     corners = {int(grid[2 + 34 * row, 2 + 34 * column, 0]) for row in range(8) for column in range(8)}
     assert corners == {0, 255}
@@ -384,44 +363,15 @@ def test_data_grid_shows_images_as_the_model_sees_them(tmp_path: Path) -> None:
 
 def test_held_out_loss_in_the_log_is_that_of_the_averaged_weights(images: Tensor, tmp_path: Path) -> None:
     """Computed here anew, image by image, from what the checkpoint holds."""
-    train(make_trainer(), images, images[:7], tmp_path, sample_every=0)
-    saved = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")
-    model = importlib.import_module("part_a_cifar").Model()
+    train(tiny_run.make_trainer(epochs=3), images, images[:7], tmp_path, sample_every=0)
+    saved = checkpoint.load(tmp_path / "checkpoint.pt", tiny_run.STAGE)
+    model = tiny_run.Tiny()
     model.load_state_dict(saved["ema"])
     x0, t, noise = held_out_draws(images[:7], 0, NoiseSchedule())
     assert t.tolist() == list(range(7))
     with torch.no_grad():
         losses = [diffusion_loss(model, NoiseSchedule(), x0[i : i + 1], t[i : i + 1], noise[i : i + 1]) for i in t]
     assert float(read_log(tmp_path)[-1]["held_out_loss"]) == pytest.approx(torch.cat(losses).mean().item(), abs=2e-6)
-
-
-def test_a_loss_that_is_no_number_stops_the_run(images: Tensor, tmp_path: Path) -> None:
-    for checkpoint_every in (None, 2):
-        with pytest.raises(UserError, match=r"step .* --lr 1e"):
-            train(make_trainer(lr=1e30), images, images, tmp_path, sample_every=0, checkpoint_every=checkpoint_every)
-        assert not (tmp_path / "checkpoint.pt").exists()
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_stop(tmp_path: Path, shapes_dir: Path, number: signal.Signals, status: int) -> None:
-    arguments = ["--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path), "--batch-size", "8"]
-    arguments += ["--checkpoint-every", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "part_a_cifar.py", "train", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=mind_signals,
-    )
-    assert process.stdout is not None
-    wait_for_checkpoint(tmp_path, process)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == status
-    assert "--resume" in process.stdout.read()
-    step = checkpoint.load(tmp_path / "checkpoint.pt", "part_a_cifar")["progress"]["step"]
-    assert step > 0
-    go_on = ("train", "--resume", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--max-steps", step + 1)
-    assert run_stage("part_a_cifar", *go_on) == 0
 
 
 def test_a_scale_that_has_doubled_many_times_comes_back(images: Tensor, tmp_path: Path) -> None:

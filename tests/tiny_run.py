@@ -43,7 +43,7 @@ def make_trainer(precision: str = "fp32", **options: Any) -> Run:
     return Run(STAGE, {}, Tiny(), run_options, precision)
 
 
-def run(run_dir: Path, started: Any = None, death: tuple[str, str, int] | None = None) -> None:
+def run(run_dir: Path, epochs: int = EPOCHS, started: Any = None, death: tuple[str, str, int] | None = None) -> None:
     """Begins the run, or goes on with it, to its end.
 
     Args:
@@ -57,7 +57,7 @@ def run(run_dir: Path, started: Any = None, death: tuple[str, str, int] | None =
     if death:
         _die_at(*death)
     with locked(run_dir):
-        trainer = make_trainer()
+        trainer = make_trainer(epochs=epochs)
         path = run_dir / "checkpoint.pt"
         if path.exists():
             trainer.restore(checkpoint.load(path, STAGE), path)
