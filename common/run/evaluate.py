@@ -34,6 +34,7 @@ from common.run.own_images import check_place
 from common.run.pictures import check_outputs, default_steps
 from common.run.test import draw
 
+ENDINGS = {"--output": [".json"]}
 INCEPTION = 2048  # torchmetrics' name for the 2048 features of Inception's last pooling layer
 
 Report = dict[str, Any]
@@ -46,9 +47,10 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
         raise UsageError("argument --fid-network: requires --fid")
     if options.dataset not in (None, *DATASETS):
         distributed.on_first(lambda: check_place(options.dataset))
+    check_outputs({"--output": options.output}, ENDINGS)
     trained = load_trained(stage, options, typed, HELD_OUT_BLOCK)
     output = options.output or trained.folder / "eval.json"
-    check_outputs({"--output": output}, {"--output": [".json"]}, trained.path)
+    check_outputs({"--output": output}, ENDINGS, trained.path)
     network = ClassifierFeatures(trained.device) if options.fid_network == "classifier" else INCEPTION
     fid_metric = new_fid(trained.device, network) if options.fid else None  # now, for it may be missing
     dataset = options.dataset or trained.dataset
