@@ -1,7 +1,7 @@
 r"""Part E: deeper.
 
 Part D's lists, built by loops: the number of levels, their widths and the number of blocks in each become options. By
-default there are four levels, down to 4 x 4 pixels: three twice as wide as --model-channels, the last one as wide.
+default there are four levels, down to 4 x 4 pixels: three twice as wide as --model-channels, the last just as wide.
 
     python part_e_cifar_deeper.py train    # means the same as
     python part_e_cifar_deeper.py train --batch-size 128 --lr 1e-3 --epochs 120 \
@@ -43,7 +43,7 @@ class Model(nn.Module):
         model_channels: width of the first convolution, a multiple of 32; the levels' widths are multiples of it.
         activation_fn: makes every activation of the network, for example `nn.SiLU`.
         num_res_blocks: ResnetBlocks per level.
-        channel_mult: width of each level in multiples of model_channels; each halves the resolution of the one before.
+        channel_mult: width of each level in model_channels; a level has half the resolution of the one before.
         num_steps: how many time steps there are.
         norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
     """

@@ -60,7 +60,7 @@ class Model(nn.Module):
         model_channels: width of the first convolution, a multiple of 32; the levels' widths are multiples of it.
         activation_fn: makes every activation of the network, for example `nn.SiLU`.
         num_res_blocks: ResnetBlocks per level.
-        channel_mult: width of each level in multiples of model_channels; each halves the resolution of the one before.
+        channel_mult: width of each level in model_channels; a level has half the resolution of the one before.
         attention_resolutions: pixels a side of the levels whose blocks are followed by attention.
         num_steps: how many time steps there are.
         norm_groups: number of groups in every GroupNorm; by default each has four channels or more.

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -300,6 +301,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=whole_number(1), default=5, help="about how long a turn is")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after which the processes are stopped too
     try:
         device = pick_device(options.device)
         load_images("cifar10", options.data_dir)

@@ -19,6 +19,7 @@ from common.guidance import Classifier
 from common.run.checkpoint import atomic_write
 from common.run.datasets import load_cifar10
 from common.run.device import autocast, keep_freed_memory, pick_device, pick_precision
+from common.run.errors import UserError
 from common.run.models import CLASSIFIER
 from common.run.options import whole_number
 
@@ -41,7 +42,10 @@ def main() -> None:
     keep_freed_memory()
     device = pick_device("auto")
     precision = pick_precision("auto", device).replace("fp16", "fp32")  # fp16 would need scaled gradients
-    images, labels = load(options.data_dir, train=True, device=device)
+    try:
+        images, labels = load(options.data_dir, train=True, device=device)
+    except UserError as error:
+        sys.exit(f"train_classifier.py: error: {error}")
     seed_everything(0)
     classifier, schedule = Classifier().to(device), NoiseSchedule().to(device)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3, fused=True)

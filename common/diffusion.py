@@ -74,7 +74,7 @@ class NoiseSchedule(nn.Module):
         return (xt - self._at("image_scale", t) * x0) / self._at("noise_scale", t)
 
     def posterior(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x0) (eqs. 6, 7); it is 0 at t = 0."""
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x0) (eqs. 6, 7), the latter 0 at t = 0."""
         mean = self._at("posterior_x0_scale", t) * x0 + self._at("posterior_xt_scale", t) * xt
         return mean, self._at("posterior_variance", t)
 

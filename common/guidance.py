@@ -53,7 +53,7 @@ def guided(
     label: int,
     scale: float,
 ) -> NoisePredictor:
-    """Makes of `predict_noise` a noise predictor that steers the samples towards the class `label` (eq. 14).
+    """Turns `predict_noise` into a noise predictor that steers the samples towards the class `label` (eq. 14).
 
     The paper uses this for DDIM; for DDPM it shifts the mean of each step, which to first order is the same.
 

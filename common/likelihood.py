@@ -110,7 +110,7 @@ class Bound(NamedTuple):
 def variational_bound(
     model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, start: int = 0, exact: bool = False, seed: int = 0
 ) -> Bound:
-    """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images, with `diffusion.ddpm` as model.
+    """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images; the model is `diffusion.ddpm`'s.
 
     The reverse steps are the sampler's: x0 clipped, the posterior's variance. At t = 0 that is 0, so the one of t = 1
     takes its place.

@@ -65,7 +65,7 @@ class Trainer:
                 yield loss  # all is counted by now, so a training that is saved here can resume from here
 
     def augment(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, 32, 32) as the model is to see them: float32 in [-1, 1], if `hflip` flipped at random."""
+        """uint8 images (B, 3, 32, 32) as the model sees them: float32 in [-1, 1] and, if `hflip`, flipped at random."""
         x0 = to_float(images)
         return random_hflip(x0) if self.options.hflip else x0
 

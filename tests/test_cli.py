@@ -100,7 +100,7 @@ def test_a_resumed_run_keeps_its_precision_and_says_how_to_go_on(
     assert run_stage(A, "train", *words, "--resume", "--max-steps", 2) == 0
     output = capsys.readouterr().out
     assert output.count("cpu in bf16") == 2
-    assert output.count("go on with: the same command, and --resume") == 2
+    assert output.count("go on with: the same command, with --resume, without --overwrite and --max-steps") == 2
 
 
 def test_run_folder_holds_what_is_promised(run_dir: Path) -> None:
@@ -395,6 +395,8 @@ def test_whatever_an_option_is_given_it_is_taken_or_refused_by_name(data: st.Dat
         ("model_options", {"color": "red"}, "color"),
         ("model_options", {"channel_mult": 7 * [1]}, "6 levels"),
         ("training_options", {"dataset": 3}, "dataset"),
+        ("training_options", {"batch_size": 0}, "its training options are"),
+        ("training_options", {"ema_decay": 1.5}, "its training options are"),
         ("training_options", {"hflip": 3}, "hflip is 3"),
         ("training_options", {"lr": -1.0}, "lr"),
         ("training_options", {"epochs": "many"}, "epochs"),

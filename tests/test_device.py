@@ -27,9 +27,6 @@ from common.run.errors import UsageError
 from common.run.options import Stage
 from common.run.trainer import Run
 from part_a_cifar import Model
-from tests.conftest import STAGES
-
-E = STAGES[4]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")

@@ -423,6 +423,8 @@ def test_results_that_cannot_be_written_are_told_before_any_work(
         (("test", "--trajectory", "{0}/samples.png"), "that of --trajectory too"),
         (("test", "--output", "{0}/grid.jpg"), "--output: the name must end in .png"),
         (("test", "--output", "{0}/folder.png"), "is a folder"),
+        (("test", "--output", "{0}/new.png", "--save-images", "{0}/new.png"), "is the folder of --output too"),
+        (("test", "--save-images", "{0}/samples.png"), "is the folder of --output too"),
         (("test", "--save-images", "{0}"), "is there already"),
         (("test", "--checkpoint", "{0}/c.png", "--output", "{0}/c.png"), "c.png is the checkpoint itself"),
         (("eval", "--output", "{0}/numbers.txt"), "--output: the name must end in .json"),
@@ -448,10 +450,14 @@ LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "l
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK expected"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR expected"),
-        ({**LAUNCHED, "MASTER_PORT": "99999999"}, "port must have value"),
-        ({**LAUNCHED, "MASTER_PORT": "x"}, "invalid literal"),
+        ({"WORLD_SIZE": "2"}, "RANK is None"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_PORT is None"),
+        ({name: LAUNCHED[name] for name in LAUNCHED if name != "MASTER_ADDR"}, "MASTER_ADDR expected"),
+        ({**LAUNCHED, "RANK": "2"}, "RANK is '2'"),
+        ({**LAUNCHED, "RANK": "x"}, "RANK is 'x'"),
+        ({**LAUNCHED, "LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ({**LAUNCHED, "MASTER_PORT": "99999999"}, "MASTER_PORT is '99999999'"),
+        ({**LAUNCHED, "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
     ],
 )
 def test_what_another_program_has_left_in_the_environment_is_named(

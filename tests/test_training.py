@@ -335,7 +335,7 @@ def test_a_run_continues_in_another_precision(images: Tensor, tmp_path: Path) ->
         assert ("scaler" in checkpoint.load(path, tiny_run.STAGE)) == (precision == "fp16")
 
 
-def test_a_damaged_scale_is_refused(images: Tensor, tmp_path: Path) -> None:
+def test_a_damaged_scale_is_refused(tmp_path: Path) -> None:
     run = tiny_run.make_trainer("fp16")
     saved = run.checkpoint()
     saved["scaler"] = {}

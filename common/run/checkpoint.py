@@ -126,7 +126,9 @@ def _unpack(file: io.BytesIO, path: Path, stage: str, ema_only: bool = False) ->
     if missing:
         raise UserError(f"{path}: damaged: it lacks {', '.join(sorted(missing))}")
     with reading(path):
-        _check(RunOptions, contents["training_options"])
+        _check(RunOptions, options := contents["training_options"])
+        if not (options["batch_size"] and options["epochs"] and options["lr"] and options["ema_decay"] < 1):
+            raise ValueError(f"its training options are {options!r}")
         _check(RunProgress, contents["progress"])
         for row in contents["progress"]["log"]:
             if tuple(row) != LOG_COLUMNS or not all(0 <= value < math.inf for value in row.values()):

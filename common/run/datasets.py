@@ -25,8 +25,9 @@ HELD_OUT_IMAGES = 10_000
 
 
 def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: str | None = None) -> Tensor:
-    """The training images of a data set, or its held-out ones. Of several processes, which must all call this, rank 0
-    reads them and sends them to the others.
+    """The training images of a data set, or its held-out ones.
+
+    Several processes must all call this: rank 0 reads the images and sends them to the others.
 
     Args:
         dataset: "cifar10", downloaded on first use and checked by its published MD5; "shapes", drawn on first use; or

@@ -203,6 +203,10 @@ def _block_by_block(description: str, num_images: int, values_of_block: Callable
     Several processes, which must all call this, share the blocks out.
     """
     starts = range(0, num_images, HELD_OUT_BLOCK)[distributed.RANK :: distributed.WORLD_SIZE]
-    bar = tqdm(starts, desc=description, unit=" blocks", disable=distributed.hides_bars(), leave=None)
-    values = {start: values_of_block(start).cpu().double() for start in bar}
+    total = sum(min(HELD_OUT_BLOCK, num_images - start) for start in starts)
+    values = {}
+    with tqdm(total=total, desc=description, unit=" images", disable=distributed.hides_bars(), leave=None) as bar:
+        for start in starts:
+            values[start] = values_of_block(start).cpu().double()
+            bar.update(len(values[start]))
     return torch.cat([*distributed.merged(values).values()])

@@ -152,12 +152,19 @@ def _is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder for single images, before any work. Raises a UsageError if they would replace something there."""
+def make_folder(folder: Path, outputs: Mapping[str, Path | None]) -> None:
+    """Makes a folder for single images, before any work.
+
+    Raises:
+        UsageError: they would replace something there, or be replaced by what another option writes.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"argument --save-images: {folder} is there already; name a new folder, or an empty one")
     if folder.exists() and not _is_writable(folder):
         raise UsageError(f"argument --save-images: {folder} may not be written to; name another folder")
+    for option, path in outputs.items():
+        if path and folder.resolve() in (path.resolve(), path.parent.resolve()):
+            raise UsageError(f"argument --save-images: {folder} is the folder of {option} too; name another one")
     folder.mkdir(parents=True, exist_ok=True)
 
 

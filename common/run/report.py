@@ -47,7 +47,7 @@ class Reporter:
     def begin(self) -> None:
         """Puts into the run folder what a new run begins with, or what an interruption has left out.
 
-        That it cannot be written to is found out here, before any work.
+        If it cannot be written to, that is found out here, before any work.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_log(self.run_dir / "log.csv", self.run.progress.log)

@@ -46,7 +46,7 @@ def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) ->
         raise UsageError(f"argument --label: {reason}")
     classifier = load_classifier(trained.device) if options.label else None
     if options.save_images:
-        distributed.on_first(lambda: make_folder(options.save_images))
+        distributed.on_first(lambda: make_folder(options.save_images, outputs))
     # Where to, how many moments, how many images, how
     kinds = ((options.film, 50, 64, save_film), (options.trajectory, 10, 8, save_trajectory))
     films = [(path, Film(steps, frames, num_images), save) for path, frames, num_images, save in kinds if path]
