@@ -40,15 +40,14 @@ def start() -> None:
         UsageError: there is a WORLD_SIZE, but not all else, with sense, that torchrun puts into the environment.
     """
     if WORLD_SIZE > 1:
-        for name, limit in (("RANK", WORLD_SIZE), ("LOCAL_RANK", WORLD_SIZE), ("MASTER_PORT", 2**16)):
-            if _number(name, limit) >= limit:
-                found = f"environment variable {name} is {os.environ.get(name)!r}"
-                raise UsageError(f"{found}; start with torchrun, or unset WORLD_SIZE, which is {WORLD_SIZE}")
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         try:
+            for name, limit in (("RANK", WORLD_SIZE), ("LOCAL_RANK", WORLD_SIZE), ("MASTER_PORT", 2**16)):
+                if _number(name, limit) >= limit:
+                    raise ValueError(f"environment variable {name} is {os.environ.get(name)!r}")
             dist.init_process_group(backend, timeout=PATIENCE)
-        except ValueError as error:  # of MASTER_ADDR
+        except ValueError as error:  # torch's own names MASTER_ADDR
             raise UsageError(f"{error}; start with torchrun, or unset WORLD_SIZE, which is {WORLD_SIZE}") from error
         maximum(0)  # waits for all: a rank that ended now would keep slower ones from joining
 

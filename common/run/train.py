@@ -28,7 +28,7 @@ FIXED = ("dataset", "seed")  # training options that a run cannot change when it
 def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Trains a stage. Returns the exit status."""
     run_dir: Path = options.run_dir
-    if not (options.resume and (run_dir / "checkpoint.pt").exists()):  # wrong ones are told before any work
+    if not (options.resume and (run_dir / "checkpoint.pt").exists()):  # wrong options are told before any work
         build_model(stage, new_model_options(stage, options), options.seed)
     if options.dataset not in DATASETS:
         distributed.on_first(lambda: check_place(options.dataset))
@@ -68,9 +68,11 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
         under_way = f", train loss {run.mean_loss():.4f} in the epoch under way" if progress.seen else ""
         steps = counted(progress.step, "step")
         say(f"{run_dir / 'checkpoint.pt'}: {progress.epoch} of {counted(epochs, 'epoch')} done, {steps}{under_way}")
-        draw = shlex.join(["python", stage.script, "test", "--run-dir", str(run_dir)])
-        go_on = "the same command, with --resume, without --overwrite and --max-steps"
-        say(f"draw pictures with: {draw}" if progress.epoch >= epochs else f"go on with: {go_on}")
+        if progress.epoch < epochs:
+            say("go on with: the same command, with --resume, without --overwrite and --max-steps")
+        else:
+            words = ["python", stage.script, "test", "--run-dir", str(run_dir)]
+            say(f"draw pictures with: {shlex.join(words)}")
     return 128 + received if received else 0
 
 
