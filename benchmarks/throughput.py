@@ -11,7 +11,6 @@ steps, which all do the same work, and scaled.
 
 import argparse
 import importlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -38,7 +37,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.diffusion import NoiseSchedule, ddpm
+from common.diffusion import NoisePredictor, NoiseSchedule, ddpm
 from common.run.checkpoint import RunOptions
 from common.run.datasets import IMAGE_SHAPE, load_cifar10, load_images
 from common.run.device import (
@@ -82,7 +81,7 @@ def plain_training(stage: str, device: torch.device, data_dir: Path) -> Iterator
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, SCHEDULE_STEPS)).cumprod(0).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     total = 0.0
-    for _ in itertools.count():
+    while True:
         for images, _ in loader:
             x0 = images.to(device)
             t = torch.randint(SCHEDULE_STEPS, (len(x0),), device=device)
@@ -96,38 +95,26 @@ def plain_training(stage: str, device: torch.device, data_dir: Path) -> Iterator
             yield
 
 
-def our_training(stage: str, device: torch.device, data_dir: Path, precision: str, compile: bool) -> Iterator[None]:
+def our_training(stage: str, device: torch.device, data_dir: Path, precision: str, compile: bool) -> Iterator[Any]:
     model = new_model(stage).to(device)
     run = Run(stage, {}, model, RunOptions(epochs=10**9, batch_size=BATCH_SIZE, hflip=stage in FLIPPED), precision)
     if compile:
         compile_model(model, BATCH_SIZE, precision, training=True)
-    for _ in run.steps(load_images("cifar10", data_dir).to(device)):
-        yield
+    yield from run.steps(load_images("cifar10", data_dir).to(device))
 
 
-def plain_sampling(stage: str, device: torch.device) -> Iterator[None]:
-    model = new_model(stage).to(device).eval()
-    for _ in itertools.count():
-        for _ in ddpm(model, NoiseSchedule().to(device), *new_noise(device)):
-            yield
-
-
-def our_sampling(stage: str, device: torch.device, precision: str, compile: bool) -> Iterator[None]:
+def sampling(stage: str, device: torch.device, precision: str, compile: bool, ours: bool) -> Iterator[Any]:
     model = new_model(stage).to(device).eval()
     if compile:
         compile_model(model, SAMPLED, precision)
-    predict_noise = noise_predictor(model, precision)
-    for _ in itertools.count():
-        for _ in ddpm(predict_noise, NoiseSchedule().to(device), *new_noise(device)):
-            yield
+    predict_noise: NoisePredictor = noise_predictor(model, precision) if ours else model
+    while True:
+        noise = torch.randn(SAMPLED, *IMAGE_SHAPE, device=device)
+        yield from ddpm(predict_noise, NoiseSchedule().to(device), noise, torch.Generator(device))
 
 
 def new_model(stage: str) -> nn.Module:
     return importlib.import_module(STAGES[stage]).Model()
-
-
-def new_noise(device: torch.device) -> tuple[torch.Tensor, torch.Generator]:
-    return torch.randn(SAMPLED, *IMAGE_SHAPE, device=device), torch.Generator(device)
 
 
 # What each of the two processes does when it is asked, and what it keeps in between
@@ -136,7 +123,7 @@ ours: bool
 options: argparse.Namespace
 device: torch.device
 precision: str
-steps: Iterator[None]
+steps: Iterator[Any]
 
 
 def start(*arguments: Any) -> None:
@@ -151,14 +138,12 @@ def start(*arguments: Any) -> None:
 def begin(stage: str, what: str) -> float:
     """Takes the first step of a training or a sampling. Returns the seconds."""
     global steps
-    if what == "train" and ours:
-        steps = our_training(stage, device, options.data_dir, precision, options.compiled["train"])
-    elif what == "train":
-        steps = plain_training(stage, device, options.data_dir)
+    if what == "sample":
+        steps = sampling(stage, device, precision, ours and options.compiled["sample"], ours)
     elif ours:
-        steps = our_sampling(stage, device, precision, options.compiled["sample"])
+        steps = our_training(stage, device, options.data_dir, precision, options.compiled["train"])
     else:
-        steps = plain_sampling(stage, device)
+        steps = plain_training(stage, device, options.data_dir)
     return advance(1)
 
 

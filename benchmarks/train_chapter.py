@@ -13,7 +13,6 @@ does not know are handed on to `train`, for example --device cuda or --precision
 """
 
 import argparse
-import csv
 import importlib
 import json
 import shutil
@@ -31,7 +30,6 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError:
@@ -39,12 +37,11 @@ except ModuleNotFoundError:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.throughput import SCHEDULE_STEPS, STAGES, flops_per_image, new_model
+from benchmarks.throughput import SCHEDULE_STEPS, STAGES, flops_per_image
 from common.data import random_generator, to_float, to_uint8
 from common.diffusion import NoiseSchedule
 from common.guidance import CLASSES
 from common.run import checkpoint
-from common.run.checkpoint import LOG_COLUMNS
 from common.run.errors import UserError, drop_what_nobody_takes, say
 from common.run.folder import write_log
 from common.run.options import positive_float, whole_number
@@ -106,7 +103,6 @@ def begin_from_assets(letter: str, run_dir: Path) -> None:
         return
     saved = checkpoint.load(source, name, ema_only=True)
     weights = {name: weight.float() if weight.is_floating_point() else weight for name, weight in saved["ema"].items()}
-    count = len([*new_model(letter).parameters()])
     epoch = saved["progress"]["epoch"]
     folder = milestone_dir(run_dir, epoch)
     if folder.exists():
@@ -117,7 +113,7 @@ def begin_from_assets(letter: str, run_dir: Path) -> None:
     shutil.copy(assets / "grids" / f"{name}-{epoch:04d}.png", folder / "samples.png")
     for label in LABELS:
         shutil.copy(assets / "grids" / label / f"{name}-{epoch:04d}.png", folder / f"{label}.png")
-    checkpoint.save(path, {**saved, "model": weights, "ema": weights, "optimizer": dict.fromkeys(range(count))})
+    checkpoint.save(path, {**saved, "model": weights, "ema": weights, "optimizer": dict.fromkeys(range(len(weights)))})
 
 
 def epochs_done(letter: str, run_dir: Path) -> int:
@@ -240,9 +236,8 @@ def publish(letter: str, folder: Path, assets: Path) -> None:
         shutil.copy(folder / f"{label}.png", assets / "grids" / label / f"{milestone}.png")
 
 
-def read_log(assets: Path, letter: str) -> list[dict[str, float]]:
-    with open(assets / "logs" / f"{STAGES[letter]}.csv", newline="") as file:
-        return [{name: float(row[name]) for name in LOG_COLUMNS} for row in csv.DictReader(file)]
+def read_log(assets: Path, letter: str) -> np.ndarray:
+    return np.atleast_1d(np.genfromtxt(assets / "logs" / f"{STAGES[letter]}.csv", delimiter=",", names=True))
 
 
 def read_numbers(assets: Path) -> dict[str, dict[int, Any]]:
@@ -380,9 +375,8 @@ def losses(assets: Path) -> None:
     axes = figure.add_subplot()
     for letter in STAGES:
         if (assets / "logs" / f"{STAGES[letter]}.csv").exists():
-            rows = read_log(assets, letter)[2:]
-            label = f"{letter}  {IDEAS[letter]}"
-            axes.plot([row["epoch"] for row in rows], [row["held_out_loss"] for row in rows], ".-", label=label)
+            log = read_log(assets, letter)[2:]
+            axes.plot(log["epoch"], log["held_out_loss"], ".-", label=f"{letter}  {IDEAS[letter]}")
     axes.set(xlabel="epoch", ylabel="held-out loss of the averaged weights")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -422,7 +416,6 @@ def image_table(images: torch.Tensor, titles: list[str], path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
     figure.savefig(path)
     say(str(path))
 

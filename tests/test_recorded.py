@@ -4,7 +4,6 @@ import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -103,19 +102,6 @@ def test_recorded_sampling_draws_the_plain_images_also_in_a_smaller_last_batch(p
     expected = sample_images(in_precision(model, precision), schedule, 10, steps=7, batch_size=4)
     assert graphed.graph.replays == 3 * 7 - device.WARM_UP_CALLS  # type: ignore[union-attr]
     assert (images.int() - expected.int()).abs().max() <= 1  # a convolution of 4 images adds up otherwise than of 2
-
-
-def test_a_run_restored_after_its_step_was_recorded_goes_on_from_there(images: Tensor, tmp_path: Any) -> None:
-    run = tiny_run.make_trainer(epochs=4)
-    graphed = recorded(run)
-    steps = run.steps(images)
-    for _ in range(3):
-        next(steps)
-    saved = copy.deepcopy(run.checkpoint())
-    uncut = [loss.item() for _, loss in zip(range(6), steps)]
-    assert graphed.graph is not None
-    run.restore(saved, tmp_path / "checkpoint.pt")
-    assert [loss.item() for _, loss in zip(range(6), run.steps(images))] == uncut
 
 
 @pytest.mark.parametrize("fault", ["item", "memory"])

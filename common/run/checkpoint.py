@@ -69,10 +69,10 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 def pack(path: Path, checkpoint: Checkpoint) -> io.BytesIO:
     """What `save` writes. Raises a UserError if `load` would refuse it."""
-    packed = _packed(checkpoint)
     try:
+        packed = _packed(checkpoint)
         _unpack(packed, path, checkpoint["stage"])
-    except UserError as error:
+    except (UserError, pickle.PicklingError, AttributeError, TypeError) as error:  # the last three cannot be pickled
         raise UserError(f"a checkpoint of this run could not be read again: {error}") from error
     return packed
 

@@ -191,10 +191,6 @@ class GraphedFunction:
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops what was recorded: tensors that the function uses have been replaced."""
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []

@@ -38,6 +38,7 @@ def train(
         images, held_out: uint8 (N, 3, 32, 32); of the second, the first 2000 are measured after every epoch.
         sample_every: epochs between two sample grids; 0 draws none.
         checkpoint_every: steps between two checkpoints; None saves one after every epoch, but not within SAVE_EVERY.
+            After the first epoch there is always one.
 
     Returns:
         The signal that stopped it, SIGINT, SIGTERM or SIGHUP, or None.
@@ -62,6 +63,7 @@ def train(
             is_due = epoch_is_complete and (is_late or reporter.is_grid_due())
             if checkpoint_every:
                 is_due = progress.step % checkpoint_every == 0
+            is_due |= epoch_is_complete and progress.epoch == 1  # before it is told: no run replaces a log of epochs
             if is_over or is_due or epoch_is_complete or progress.step % CHECK_EVERY == 1:
                 run.check()
             progress.seconds += time.perf_counter() - started

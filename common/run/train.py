@@ -90,15 +90,10 @@ def _take_run_folder(stage: Stage, options: argparse.Namespace, held: ExitStack)
     held.enter_context(locked(run_dir))
     log = run_dir / "log.csv"
     tells_of_epochs = log.is_file() and log.read_bytes().count(b"\n") > 1  # of hours, maybe
-    if not path.exists() and tells_of_epochs and not options.overwrite:
+    if not options.overwrite and (not options.resume if path.exists() else tells_of_epochs):
+        how = "continue it with --resume" if path.exists() else "its checkpoint is missing"
         raise UsageError(
-            f"--run-dir {run_dir}: there is a log.csv, but no checkpoint to continue; "
-            "discard it with --overwrite, or name another folder"
-        )
-    if path.exists() and not options.resume and not options.overwrite:
-        raise UsageError(
-            f"--run-dir {run_dir}: there is a run already; continue it with --resume, "
-            "discard it with --overwrite, or name another folder"
+            f"--run-dir {run_dir}: there is a run already; {how}, discard it with --overwrite, or name another folder"
         )
     return checkpoint.load(path, stage.name) if path.exists() and options.resume else None
 

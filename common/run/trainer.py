@@ -170,7 +170,7 @@ class Run(Trainer):
         return saved
 
     def restore(self, saved: Checkpoint, path: Path) -> None:
-        """Goes back to where `checkpoint` was called, with this Run's own options. `saved` was read from `path`."""
+        """Goes to where `saved`, read from `path`, stopped, with this Run's own options; before the first step."""
         self.progress = RunProgress(**saved["progress"])
         self._loss_sum.fill_(self.progress.loss_sum)
         self._loss_count.fill_(self.progress.seen)
@@ -184,8 +184,6 @@ class Run(Trainer):
             self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
             if self.scaler and "scaler" in saved:
                 self.scaler.load_state_dict(saved["scaler"])
-        if isinstance(self.gradient_step, GraphedFunction):
-            self.gradient_step.forget()  # which works on the optimizer's old state
 
 
 def _fitting_moments(state: dict[str, Tensor], parameter: Tensor, n: int) -> dict[str, Tensor]:
