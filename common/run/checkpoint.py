@@ -68,11 +68,11 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def pack(path: Path, checkpoint: Checkpoint) -> io.BytesIO:
-    """What `save` writes. Raises a UserError if `load` would refuse it."""
+    """What `save` writes. Raises a UserError if it cannot be written, or `load` would refuse it."""
     try:
         packed = _packed(checkpoint)
         _unpack(packed, path, checkpoint["stage"])
-    except (UserError, pickle.PicklingError, AttributeError, TypeError) as error:  # the last three cannot be pickled
+    except (UserError, pickle.PicklingError, AttributeError, TypeError) as error:  # three of pickle's
         raise UserError(f"a checkpoint of this run could not be read again: {error}") from error
     return packed
 
