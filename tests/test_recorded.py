@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from common.run import device
 from common.run.checkpoint import RunOptions
 from common.run.device import GraphedFunction, autocast, in_precision, noise_predictor
 from common.run.evaluate import measure_losses
+from common.run.loop import train
 from common.run.pictures import sample_images
 from common.run.trainer import Run
 from tests import fake_graph, tiny_run
@@ -102,6 +104,28 @@ def test_recorded_sampling_draws_the_plain_images_also_in_a_smaller_last_batch(p
     expected = sample_images(in_precision(model, precision), schedule, 10, steps=7, batch_size=4)
     assert graphed.graph.replays == 3 * 7 - device.WARM_UP_CALLS  # type: ignore[union-attr]
     assert (images.int() - expected.int()).abs().max() <= 1  # a convolution of 4 images adds up otherwise than of 2
+
+
+def test_the_grids_of_a_training_are_recorded_once_and_are_the_plain_ones(
+    tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a recording for each, the thirty-first would share a stream, and its workspaces, with the training's."""
+    monkeypatch.setattr("common.run.report.GRID_STEPS", 3)
+    monkeypatch.setattr("common.run.report.GRID_IMAGES", 4)
+    made: list[fake_graph.FakeGraph] = []
+
+    def make() -> fake_graph.FakeGraph:
+        made.append(fake_graph.FakeGraph())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+    for name in ("recorded", "plain"):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", name == "recorded")
+        train(tiny_run.make_trainer(epochs=4), images, images, tmp_path / name, sample_every=1)
+    assert len(made) == 2  # for the held-out losses, and for all grids
+    recorded, plain = (sorted((tmp_path / name / "samples").glob("epoch-*")) for name in ("recorded", "plain"))
+    assert [path.name for path in recorded] == [f"epoch-{n:04d}.png" for n in range(1, 5)]
+    assert [path.read_bytes() for path in recorded] == [path.read_bytes() for path in plain]
 
 
 @pytest.mark.parametrize("fault", ["item", "memory"])

@@ -55,6 +55,7 @@ def start() -> None:
 def stop() -> None:
     """Leaves the other processes, when the work is done."""
     if dist.is_initialized():
+        gc.collect()  # NCCL would wait for ever for a recorded step in which the processes average gradients
         dist.destroy_process_group()
         gc.collect()  # ends gloo's threads, which can abort the process if they outlive Python
 
@@ -85,8 +86,8 @@ def average(tensors: Sequence[Tensor]) -> None:
         total = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(total)
         total /= WORLD_SIZE
-        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
+        parts = total.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for tensor, part in zip(tensors, parts)])
 
 
 def hides_bars() -> bool | None:

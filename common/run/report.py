@@ -33,6 +33,7 @@ class Reporter:
 
     def __init__(self, run: Run, images: Tensor, run_dir: Path, sample_every: int, max_steps: int | None):
         self.run = run
+        self.predict_noise = noise_predictor(run.ema.module, run.precision)
         self.images = images
         self.run_dir = run_dir
         self.sample_every = sample_every
@@ -116,5 +117,7 @@ class Reporter:
         run, epoch = self.run, self.run.progress.epoch
         path = self.run_dir / "samples" / f"epoch-{epoch:04d}.png"
         if self.is_grid_due() and (again or not path.exists()):
-            model = noise_predictor(run.ema.module, run.precision)
-            save_grid(sample_images(model, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed), path)
+            images = sample_images(
+                self.predict_noise, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed
+            )
+            save_grid(images, path)
