@@ -1,7 +1,8 @@
 """Part A: the starting U-Net.
 
 A network that looks at a noisy picture and the time step, and predicts the noise in it. It halves the resolution twice
-and doubles it twice, with two skip connections across; 16 channels at the top, ReLU throughout.
+and doubles it twice, with two skip connections across; 16 channels at the top, ReLU throughout. Its training loop is in
+common/training.py, the loss in common/diffusion.py.
 
     python part_a_cifar.py train                      # CIFAR-10, downloaded on first use
     python part_a_cifar.py train --dataset shapes     # nothing to download

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import signal
 import statistics
 import sys
@@ -166,6 +165,8 @@ def peak_memory() -> float:
     """The most memory that tensors took on the GPU, or the whole process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # here, for Windows has none, and other scripts import this one
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -1,3 +1,1 @@
 """What the seven scripts of the chapter share."""
-
-__version__ = "0.1.0"

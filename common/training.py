@@ -36,10 +36,10 @@ class Progress:
 class Trainer:
     """Trains a model, which is in train mode, to predict noise, on the device that the model is on."""
 
-    def __init__(self, model: nn.Module, options: TrainingOptions, progress: Progress | None = None):
+    def __init__(self, model: nn.Module, options: TrainingOptions):
         self.model = model
         self.options = options
-        self.progress = progress or Progress()
+        self.progress = Progress()
         self.device = next(model.parameters()).device
         self.schedule = NoiseSchedule().to(self.device)
         fused = all(p.is_floating_point() for p in model.parameters())  # one kernel; it refuses integers

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from common import __version__
 from common.run import checkpoint
 from common.run.errors import UsageError
 from common.run.options import Stage, make_parser, parse
@@ -470,11 +469,6 @@ def test_help_lists_every_option_with_its_default(
     own |= {D: own[C], F: [*own[E], "--hflip"], G: [*own[E], "--hflip", "--attention-resolutions"]}
     for option in own[stage]:
         assert any(entry.startswith(f"  {option}") for entry in entries)
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_stage(A, "--version") == 0
-    assert capsys.readouterr().out == f"{A}.py {__version__}, PyTorch {torch.__version__}\n"
 
 
 @pytest.mark.parametrize("stage", STAGES)

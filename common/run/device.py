@@ -155,10 +155,9 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
         model.compile(dynamic=False)
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")
-            with autocast(device, precision):
-                output = model(x, t)
+            output = in_precision(model, precision)(x, t)
             if training:
-                output.float().mean().backward()
+                output.mean().backward()
     except Exception as error:  # whatever it is, the model works without
         why = "Python's headers are missing, install python3-dev: " if "Python.h" in str(error) else ""
         warn(f"going on without compilation, which failed: {why}{type(error).__name__}: {error}")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import __version__
 from common.data import to_float
 from common.diffusion import NoisePredictor, NoiseSchedule, diffusion_loss
 from common.likelihood import (
@@ -66,7 +65,6 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
         "seed": options.seed,
         "device": str(trained.device),
         "precision": trained.precision,
-        "version": __version__,
         "torch": torch.__version__,
     }
     schedule = NoiseSchedule().to(trained.device)

@@ -14,7 +14,7 @@ from common.run.evaluate import measure_losses
 from common.run.report import Reporter
 from common.run.trainer import Run
 
-LOG_HELD_OUT_IMAGES = 2000  # for the held-out loss of every epoch: 1.3 % of an epoch's work
+LOG_HELD_OUT_IMAGES = 2000  # for the held-out loss of every epoch: 1.3 % of an epoch of CIFAR-10
 CHECK_EVERY = 100  # steps between two looks at whether the run is sound, from the first step on
 SAVE_EVERY = 10.0  # seconds at least between two checkpoints: on a fast GPU an epoch may take as long as saving does
 

@@ -10,10 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
-from common import __version__
 from common.blocks import ACTIVATIONS
 from common.diffusion import NoiseSchedule
 from common.guidance import CLASSES
@@ -152,8 +150,6 @@ def flag(name: str) -> str:
 
 def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
     parser = _Parser(prog=f"{stage.name}.py", description=stage.description, formatter_class=_HelpFormatter)
-    versions = f"%(prog)s {__version__}, PyTorch {torch.__version__}"
-    parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,test,eval}")
     texts = {
         "train": "train the model",

@@ -38,7 +38,8 @@ class Run(Trainer):
         self, stage: str, model_options: dict[str, Any], model: nn.Module, options: RunOptions, precision: str = "fp32"
     ):
         distributed.broadcast([*model.parameters(), *model.buffers()])
-        super().__init__(model, options, RunProgress())
+        super().__init__(model, options)
+        self.progress = RunProgress()
         self.stage = stage
         self.model_options = model_options
         self.precision = precision
