@@ -4,7 +4,10 @@ import importlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # Compiling takes up to two minutes a network: what is about it, in test_device.py, switches it on.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+os.environ["no_proxy"] = "*"  # the servers of the tests are on this machine
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # test files run side by side: one core for each, and for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -35,6 +40,7 @@ needs_bf16 = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 120  # seconds, for what another process does
 
 STAGES = [
     "part_a_cifar",
@@ -59,8 +65,10 @@ def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen[str]) -> None:
     """Waits until a process that has just been started saves a checkpoint: it trains, and minds signals."""
     path = run_dir / "checkpoint.pt"
     before = path.stat().st_mtime_ns if path.exists() else None
+    deadline = time.monotonic() + PATIENCE
     while not path.exists() or path.stat().st_mtime_ns == before:
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -68,6 +76,21 @@ def mind_signals() -> None:
     """For `preexec_fn`: signals act as usual, also where the tests run in the background of a script or by nohup."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def another_user(folder: Path) -> Iterator[None]:
+    """Root, who may read and write everything, becomes somebody who can reach the folder, which is a temporary one."""
+    user = os.geteuid()
+    if user == 0:
+        for parent in (folder, *folder.parents):
+            if Path(tempfile.gettempdir()) in parent.parents:
+                parent.chmod(parent.stat().st_mode | 0o055)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 class Attack:

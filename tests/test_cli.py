@@ -147,14 +147,14 @@ def test_film_and_trajectory_are_of_the_pictures_in_the_grid(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid, film, trajectory = (tmp_path / name for name in ("grid.png", "film.webp", "trajectory.png"))
-    options = ("--run-dir", run_dir, "--num-images", 5, "--sampler", "ddim", "--steps", 20)
+    options = ("--run-dir", run_dir, "--num-images", 9, "--sampler", "ddim", "--steps", 20)
     assert run_stage(E, "test", *options, "--output", grid, "--film", film, "--trajectory", trajectory) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [str(grid), str(film), str(trajectory)]
     assert Image.open(film).size == Image.open(grid).size
     final, strip = (np.asarray(Image.open(path)) for path in (grid, trajectory))
-    assert strip.shape == (2 + 5 * 34, 2 + 10 * 34, 3)
-    for row in range(5):
+    assert strip.shape == (2 + 8 * 34, 2 + 10 * 34, 3)
+    for row in range(8):
         drawn = final[2 + 34 * (row // 3) :, 2 + 34 * (row % 3) :][:32, :32]
         assert (strip[2 + 34 * row :, 2 + 34 * 9 :][:32, :32] == drawn).all()
 
@@ -276,6 +276,8 @@ def test_compiled_model_learns_what_the_plain_one_does(
     assert len(compiled) == 1
     plain, other = (checkpoint.load(tmp_path / name / "checkpoint.pt", A)["model"] for name in ("plain", "compiled"))
     assert all(torch.equal(plain[key], other[key]) for key in plain)
+    assert run_stage(A, "test", "--compile", "--run-dir", tmp_path / "plain", "--num-images", 1, "--steps", 1) == 0
+    assert len(compiled) == 2
 
 
 MISTAKES = [

@@ -21,12 +21,11 @@ from torch import Tensor
 from common.run import checkpoint, distributed
 from common.run.checkpoint import Checkpoint
 from common.run.trainer import Run
-from tests.conftest import ROOT, run_stage, wait_for_checkpoint
+from tests.conftest import PATIENCE, ROOT, run_stage, wait_for_checkpoint
 from tests.test_training import assert_same
 from tests.train_ranks import train_rank
 
 A = "part_a_cifar"
-PATIENCE = 120  # seconds
 Results = tuple[dict[str, Tensor], list[dict[str, float]], Tensor]  # of train_rank: weights, log, measures
 
 
@@ -168,7 +167,7 @@ def test_own_images_are_read_once_and_are_the_same_on_every_rank(tmp_path: Path)
 
 
 def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += [f"{A}.py", "train", "--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path)]
     done = subprocess.run([*command, "--batch-size", "4", "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

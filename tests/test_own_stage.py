@@ -4,17 +4,22 @@ import argparse
 import random
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from common.diffusion import NoiseSchedule
 from common.run import checkpoint, evaluate
 from common.run.cli import main
+from common.run.device import in_precision
 from common.run.options import OptionGroup, Stage
+from common.run.pictures import sample_images
 from tests.test_training import assert_same
 from tests.tiny_run import Tiny, make_images
 
@@ -80,6 +85,30 @@ def test_a_model_of_any_parts_trains_goes_on_bit_for_bit_and_draws(
     cut, uncut = (checkpoint.load(tmp_path / folder / "checkpoint.pt", "part_h") for folder in ("cut", "uncut"))
     assert_same(dict(cut), dict(uncut))
     assert run(stage, "cut")("test", "--steps", 2, "--num-images", 2) == 0
+
+
+def test_a_training_to_its_end_says_what_comes_next_and_leaves_grids_of_the_averaged_weights(
+    tmp_path: Path,
+    run: Callable[[Stage, str], Run],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("common.run.report.GRID_IMAGES", 4)
+    np.save(tmp_path / "own.npy", np.random.RandomState(0).randint(0, 256, (250, 32, 32, 3)).astype(np.uint8))
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny())
+    short = ("--dataset", tmp_path / "own.npy", "--batch-size", 50, "--epochs", 2, "--precision", "fp32")
+    for resume in ((), ("--resume",)):
+        assert run(stage, "run")("train", *short, "--sample-every", 1, *resume) == 0
+        output = capsys.readouterr().out
+        assert "checkpoint.pt: 2 of 2 epochs done, 6 steps" in output
+        assert f"draw pictures with: python {tmp_path / 'part_h.py'} test --run-dir {tmp_path / 'run'}" in output
+    samples = tmp_path / "run" / "samples"
+    assert sorted(path.name for path in samples.iterdir()) == ["data.png", "epoch-0001.png", "epoch-0002.png"]
+    model = Tiny()
+    model.load_state_dict(checkpoint.load(tmp_path / "run" / "checkpoint.pt", "part_h")["ema"])
+    drawn = sample_images(model, NoiseSchedule(), 4, steps=50, seed=0)
+    grid = torch.from_numpy(np.array(Image.open(samples / "epoch-0002.png")))
+    assert torch.equal(grid[2:, 2:].unfold(0, 32, 34).unfold(1, 32, 34).reshape(4, 3, 32, 32), drawn)
 
 
 class Gradientless(Tiny):
@@ -354,6 +383,37 @@ class Gaps(Special):
 
     def part(self, x: Tensor) -> Tensor:
         return x * self.wide[None, :, :, None]
+
+
+class NoGaps(Gaps):
+    """The same weight, dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.ones(3, 32))
+
+
+def make(model: type[nn.Module], args: argparse.Namespace) -> nn.Module:
+    return model()
+
+
+def test_a_weight_with_gaps_in_memory_is_trained_as_a_dense_one(
+    tmp_path: Path, run: Callable[[Stage, str], Run]
+) -> None:
+    weights = []
+    for model in (Gaps, NoGaps):
+        stage = Stage(str(tmp_path / "part_h.py"), "Part H.", partial(make, model))
+        assert run(stage, model.__name__)("train", "--dataset", "shapes", "--batch-size", 4, "--max-steps", 3) == 0
+        weights.append(checkpoint.load(tmp_path / model.__name__ / "checkpoint.pt", "part_h")["model"]["wide"])
+    torch.testing.assert_close(*weights)
+    assert not torch.equal(weights[0], torch.ones(3, 32))
+
+
+def test_a_model_may_change_what_it_is_given() -> None:
+    x, t = torch.ones(2, 3, 32, 32), torch.arange(2)
+    in_precision(InPlace())(x, t)
+    assert torch.equal(x, torch.ones(2, 3, 32, 32))
+    assert torch.equal(t, torch.arange(2))
 
 
 @pytest.mark.parametrize("model", [BatchNorm, Features, Codebook, InPlace, Gaps])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import part_g_cifar
 from benchmarks.train_chapter import results_table
 from common.data import to_float
 from common.diffusion import NoiseSchedule, diffusion_loss
@@ -150,10 +151,19 @@ def test_a_script_says_what_to_expect_of_it(name: str) -> None:
         r"([\d,]+) parameters; (\S+) minutes an epoch on 2 cores with AMX; held-out loss (\S+) after (\d+) epochs\."
     )
     ((parameters, minutes, loss, epochs),) = re.findall(expected, stage.description or "")
-    assert f"**{parameters} parameters; after {epochs} epochs: held-out loss {loss}, " in README
     assert f"\n| {name[5].upper()} | {minutes} | " in PAGES[Path("docs/running.md")]
     numbers = json.loads((ROOT / "assets" / "logs" / f"{name}-{int(epochs):04d}.json").read_text())
+    results = f"held-out loss {loss}, {numbers['bits_per_dim']['total']['mean']:.2f} bits/dim."
+    assert f"**{parameters} parameters; after {epochs} epochs: {results}**" in README
     assert f"{numbers['loss']['mean']:.4f}" == loss
+
+
+def test_the_documents_name_the_sizes_of_other_networks() -> None:
+    with torch.device("meta"):
+        paper = part_g_cifar.Model(model_channels=128, channel_mult=(1, 2, 2, 2))
+        no_attention = part_g_cifar.Model(attention_resolutions=())
+    for model, page in ((paper, "running"), (no_attention, "exercises")):
+        assert f" {sum(p.numel() for p in model.parameters()):,} " in PAGES[Path(f"docs/{page}.md")]
 
 
 @pytest.mark.parametrize("name", STAGES)

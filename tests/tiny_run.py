@@ -43,11 +43,11 @@ def make_trainer(precision: str = "fp32", **options: Any) -> Run:
     return Run(STAGE, {}, Tiny(), run_options, precision)
 
 
-def run(run_dir: Path, epochs: int = EPOCHS, started: Any = None, death: tuple[str, str, int] | None = None) -> None:
+def run(run_dir: Path, epochs: int = EPOCHS, steps_made: Any = None, death: tuple[str, str, int] | None = None) -> None:
     """Begins the run, or goes on with it, to its end.
 
     Args:
-        started: a connection that is told when the first step is done.
+        steps_made: a connection that is told of every step.
         death: the moment to die at: a function ("open", "write", "fsync", "replace" or "replaced"), the file that it
             works on, and at which of its calls.
     """
@@ -61,12 +61,12 @@ def run(run_dir: Path, epochs: int = EPOCHS, started: Any = None, death: tuple[s
         path = run_dir / "checkpoint.pt"
         if path.exists():
             trainer.restore(checkpoint.load(path, STAGE), path)
-        gradient_step, first = trainer.gradient_step, trainer.progress.step
+        gradient_step = trainer.gradient_step
 
         def step_and_note(*arguments: Tensor) -> Tensor:
             loss = gradient_step(*arguments)
-            if started and trainer.progress.step == first:
-                started.send("started")
+            if steps_made:
+                steps_made.send("a step")
             return loss
 
         trainer.gradient_step = step_and_note  # type: ignore[method-assign, assignment]
