@@ -346,15 +346,24 @@ def test_a_place_without_images_is_refused_before_anything_is_made(
     assert [path.name for path in tmp_path.iterdir()] == ["pictures.zip"]
 
 
-def test_an_empty_folder_and_a_batch_larger_than_the_images_are_one_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = ["--run-dir", tmp_path / "run"]
+def test_an_empty_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
+    run = ["--run-dir", tmp_path / "run"]
     assert "0 images there" in fails(["train", "--dataset", tmp_path / "empty", *run], 1, capsys)
-    error = fails(["train", "--dataset", folder, "--batch-size", 131, *run], 2, capsys)
-    assert "--batch-size: 131 is more than the 130 training images" in error
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(("batch_size", "images"), [(128, 77 * 130), (10_001, 77 * 130), (10_011, 78 * 130)])
+def test_few_images_are_repeated_so_that_an_epoch_is_no_shorter_than_10_000_or_a_batch(
+    batch_size: int, images: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr("common.run.loop.train", lambda run, images, *arguments, **options: given.append(images))
+    words = ("--dataset", folder, "--batch-size", batch_size, "--run-dir", tmp_path)
+    assert run_stage(A, "train", *words) == 0
+    different, counts = given[0].unique(dim=0, return_counts=True)
+    assert (len(given[0]), len(different)) == (images, 130)
+    assert set(counts.tolist()) == {images // 130}
 
 
 # A run on them

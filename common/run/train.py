@@ -1,6 +1,7 @@
 """The command `train`: begins a run, or goes on with one."""
 
 import argparse
+import math
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from common.run.options import Stage
 from common.run.own_images import check_place
 from common.run.trainer import Run
 
+SHORT_EPOCH = 10_000  # images: of fewer, measuring and drawing after every epoch would take longer than training
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
 
 
@@ -43,13 +45,9 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
             load_images(run.options.dataset, options.data_dir, train=train, data_url=options.data_url).to(device)
             for train in (True, False)
         )
-        if len(images) < run.options.batch_size:
-            raise UsageError(
-                f"argument --batch-size: {run.options.batch_size} is more than the {len(images)} training images of "
-                f"{run.options.dataset}; give a smaller one"
-            )
         if is_first:
             _announce(run, len(images), run_dir)
+        images = images.repeat(math.ceil(max(SHORT_EPOCH, run.options.batch_size) / len(images)), 1, 1, 1)
         if compiles_training(options.compile, device, run.precision):
             compile_model(run.model, run.options.batch_size // distributed.WORLD_SIZE, run.precision, training=True)
         if is_first and options.overwrite:
