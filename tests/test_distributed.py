@@ -26,7 +26,7 @@ from tests.test_training import assert_same
 from tests.train_ranks import train_rank
 
 A = "part_a_cifar"
-Results = tuple[dict[str, Tensor], list[dict[str, float]], Tensor]  # of train_rank: weights, log, measures
+Results = tuple[dict[str, Tensor], list[dict[str, float]], Tensor, Tensor]  # weights, log, measures, shares in them
 
 
 def free_port() -> int:
@@ -99,8 +99,8 @@ def of_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(
     of_three: Path, of_one_process: Results
 ) -> None:
-    expected, log, measures = of_one_process
-    (weights, log_0, _), *others = results = [torch.load(of_three / f"rank{rank}.pt") for rank in range(3)]
+    expected, log, measures, _ = of_one_process
+    (weights, log_0, *_), *others = results = [torch.load(of_three / f"rank{rank}.pt") for rank in range(3)]
     for other, *_ in others:
         assert largest_difference(other, weights) == 0
     assert largest_difference(weights, expected) < 2e-5  # after twelve steps of up to 1e-3
@@ -108,10 +108,16 @@ def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(
         assert (row["epoch"], row["step"]) == (expected_row["epoch"], expected_row["step"])
         for name in ("train_loss", "held_out_loss"):
             assert row[name] == pytest.approx(expected_row[name], rel=1e-4)
-    for *_, measured in results:
+    for *_, measured, _ in results:
         assert torch.equal(measured, measures)
     names = {path.name for path in (of_three / "run").rglob("*.*")}
     assert names == {"checkpoint.pt", "log.csv", "data.png"}
+
+
+def test_measuring_and_sampling_are_shared_out(of_three: Path, of_one_process: Results) -> None:
+    shares = torch.stack([torch.load(of_three / f"rank{rank}.pt")[-1] for rank in range(3)])
+    assert torch.equal(shares.sum(dim=0), of_one_process[-1])
+    assert (shares > 0).all()
 
 
 def test_gradients_that_overflow_fp16_on_one_rank_are_skipped_by_all(of_three: Path) -> None:

@@ -10,6 +10,7 @@ from common.run import distributed
 from common.run.checkpoint import RunOptions
 from common.run.evaluate import measure_bound, measure_losses
 from common.run.loop import train
+from common.run.pictures import sample_images
 from common.run.trainer import Run
 from tests import tiny_run
 
@@ -26,12 +27,19 @@ def train_rank(folder: Path) -> None:
     held_out = torch.randint(256, (600, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     train(trainer, images, held_out[:20], folder / "run", sample_every=0)
 
+    shares = torch.zeros(3, dtype=torch.int64)  # how many images this process has put through the model, for what
+
     def model(xt: Tensor, t: Tensor) -> Tensor:
+        shares[work] += len(xt)
         return 0.5 * xt
 
+    work = 0
     losses = measure_losses(model, trainer.schedule, held_out)
+    work = 1
     bound = measure_bound(model, trainer.schedule, held_out)
-    results = (trainer.model.state_dict(), trainer.progress.log, torch.stack([losses, *bound]))
+    work = 2
+    sample_images(model, trainer.schedule, 6, steps=1, batch_size=2, spread=True)
+    results = (trainer.model.state_dict(), trainer.progress.log, torch.stack([losses, *bound]), shares)
     torch.save(results, folder / f"rank{distributed.RANK}.pt")
 
 
