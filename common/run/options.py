@@ -186,7 +186,7 @@ def _add_training_options(group: OptionGroup, epochs: int) -> None:
     decay = partial(_number, kind=float, accept=lambda value: 0 <= value < 1, expected="from 0 to below 1")
     keep = "share that the averaged weights keep at each step, at most (less early on); 0: no averaging"
     together = "images per step, of all processes together"
-    add("--epochs", type=whole_number(1), default=epochs, help="passes over the images (at least 10,000)")
+    add("--epochs", type=whole_number(1), default=epochs, help="passes over the images; fewer than 10,000 are repeated")
     add("--batch-size", type=batch_size, default=default.batch_size, help=together)
     add("--lr", type=positive_float, default=default.lr, help="Adam's learning rate")
     add("--ema-decay", type=decay, default=default.ema_decay, help=keep)

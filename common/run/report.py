@@ -33,7 +33,8 @@ class Reporter:
 
     def __init__(self, run: Run, images: Tensor, run_dir: Path, sample_every: int, max_steps: int | None):
         self.run = run
-        self.predict_noise = noise_predictor(run.ema.module, run.precision)
+        # One for all grids; they are smaller than the batches that the run measures with its own.
+        self.predict_averaged = noise_predictor(run.ema.module, run.precision)
         self.images = images
         self.run_dir = run_dir
         self.sample_every = sample_every
@@ -118,6 +119,6 @@ class Reporter:
         path = self.run_dir / "samples" / f"epoch-{epoch:04d}.png"
         if self.is_grid_due() and (again or not path.exists()):
             images = sample_images(
-                self.predict_noise, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed
+                self.predict_averaged, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed
             )
             save_grid(images, path)

@@ -94,7 +94,7 @@ def draw(
         if classifier:
             label = CLASSES.index(options.label)
             predict_noise = guided(predict_noise, classifier, schedule, label, options.guidance_scale)
-        with autocast(trained.device, trained.precision):  # of all steps: it keeps the weights it has cast
+        with autocast(trained.device, trained.precision):  # the classifier too; around all steps, to cast weights once
             return sample_images(
                 predict_noise,
                 schedule,

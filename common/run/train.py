@@ -23,7 +23,7 @@ from common.run.options import Stage
 from common.run.own_images import check_place
 from common.run.trainer import Run
 
-SHORT_EPOCH = 10_000  # images: of fewer, measuring and drawing after every epoch would take longer than training
+SHORTEST_EPOCH = 10_000  # images, repeated if they are fewer: measuring and drawing after each epoch takes its time
 FIXED = ("dataset", "seed")  # training options that a run cannot change when it goes on
 
 
@@ -47,7 +47,7 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
         )
         if is_first:
             _announce(run, len(images), run_dir)
-        images = images.repeat(math.ceil(max(SHORT_EPOCH, run.options.batch_size) / len(images)), 1, 1, 1)
+        images = images.repeat(math.ceil(max(SHORTEST_EPOCH, run.options.batch_size) / len(images)), 1, 1, 1)
         if compiles_training(options.compile, device, run.precision):
             compile_model(run.model, run.options.batch_size // distributed.WORLD_SIZE, run.precision, training=True)
         if is_first and options.overwrite:
