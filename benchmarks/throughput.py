@@ -43,8 +43,8 @@ from common.run.device import (
     DTYPES,
     compile_model,
     compiles_training,
+    in_precision,
     keep_freed_memory,
-    noise_predictor,
     pick_device,
     pick_precision,
 )
@@ -106,7 +106,7 @@ def sampling(stage: str, device: torch.device, precision: str, compile: bool, ou
     model = new_model(stage).to(device).eval()
     if compile:
         compile_model(model, SAMPLED, precision)
-    predict_noise: NoisePredictor = noise_predictor(model, precision) if ours else model
+    predict_noise: NoisePredictor = in_precision(model, precision) if ours else model
     while True:
         noise = torch.randn(SAMPLED, *IMAGE_SHAPE, device=device)
         yield from ddpm(predict_noise, NoiseSchedule().to(device), noise, torch.Generator(device))

@@ -71,8 +71,8 @@ class Trainer:
 
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """One step of Adam on the batch's mean loss, which it returns."""
-        loss = diffusion_loss(self.predict_noise, self.schedule, x0, t, noise).mean()
         self.optimizer.zero_grad()
+        loss = diffusion_loss(self.predict_noise, self.schedule, x0, t, noise).mean()
         loss.backward()
         self.optimizer.step()
         return loss.detach()

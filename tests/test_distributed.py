@@ -6,21 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from common.run import checkpoint, distributed
+from common.run import checkpoint
 from common.run.checkpoint import Checkpoint
-from common.run.trainer import Run
 from tests.conftest import PATIENCE, ROOT, run_stage, wait_for_checkpoint
 from tests.test_training import assert_same
 from tests.train_ranks import train_rank
@@ -188,29 +184,6 @@ def test_what_several_processes_cannot_do_is_refused_by_all(tmp_path: Path) -> N
     ):
         assert (status, output) == (2, ""), error
         assert f"rank {rank}: error: argument --batch-size" in error.splitlines()[-1]
-
-
-def test_a_training_is_gone_before_the_processes_part(
-    tmp_path: Path, shapes_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NCCL does not end as long as there is a CUDA graph in which it averages."""
-    runs: list[weakref.ref[Run]] = []
-    left: list[Run | None] = []
-
-    class Noted(Run):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            runs.append(weakref.ref(self))
-
-    def destroy_process_group() -> None:
-        left.extend(run() for run in runs)
-
-    monkeypatch.setattr("common.run.train.Run", Noted)
-    group = SimpleNamespace(is_initialized=lambda: True, destroy_process_group=destroy_process_group)
-    monkeypatch.setattr(distributed, "dist", group)
-    common = ("--dataset", "shapes", "--data-dir", shapes_dir, "--run-dir", tmp_path, "--batch-size", 2)
-    assert run_stage(A, "train", *common, "--max-steps", 1, "--sample-every", 0) == 0
-    assert left == [None]
 
 
 def test_an_error_of_rank_0_ends_all(tmp_path: Path) -> None:

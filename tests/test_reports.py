@@ -20,7 +20,7 @@ import torch
 from common.diffusion import NoiseSchedule
 from common.run import checkpoint, distributed
 from common.run.datasets import load_cifar10, load_images
-from common.run.device import noise_predictor
+from common.run.device import in_precision
 from common.run.errors import UsageError, UserError
 from common.run.folder import one_at_a_time
 from common.run.loop import train
@@ -477,7 +477,7 @@ def test_what_another_program_has_left_in_the_environment_is_named(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_models_of_any_precision_are_sampled(dtype: torch.dtype) -> None:
     model = importlib.import_module(A).Model().to(dtype).eval()
-    assert sample_images(noise_predictor(model), NoiseSchedule(), 2, steps=2).shape == (2, 3, 32, 32)
+    assert sample_images(in_precision(model), NoiseSchedule(), 2, steps=2).shape == (2, 3, 32, 32)
 
 
 def test_the_inner_folder_of_cifar10_is_taken_too(cifar10_dir: Path) -> None:

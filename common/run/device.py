@@ -1,11 +1,9 @@
-"""What the machine can do: which device and precision, memory, compilation, CUDA graphs."""
+"""What the machine can do: which device and precision, memory, compilation."""
 
 import copy
 import ctypes
-import gc
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -17,7 +15,6 @@ from common.run.datasets import IMAGE_SHAPE
 from common.run.errors import UsageError, UserError, tell, warn
 
 NO_GPU = "this machine, or this build of PyTorch, has no cuda"
-WARM_UP_CALLS = 3  # before a capture: libraries choose their algorithms and allocate what they need
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the model's arithmetic
 
 
@@ -107,11 +104,6 @@ def in_precision(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
     return predict_noise
 
 
-def noise_predictor(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
-    """The model as sampling and measuring call it: as `in_precision`, on a GPU recorded as a CUDA graph."""
-    return GraphedFunction(in_precision(model, precision))
-
-
 def compiles_training(choice: bool | None, device: torch.device, precision: str) -> bool:
     """Whether to compile the model for training: as chosen, or, if nothing is (None), where it is known to pay.
 
@@ -141,9 +133,11 @@ def keep_freed_memory() -> None:
 
 
 def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", training: bool = False) -> None:
-    """Compiles a model that predicts noise, in place, by running it once, with a backward pass if it is for training.
+    """Compiles a model that predicts noise, in place, by running it, with a backward pass if it is for training.
 
-    Where that fails, for want of a C++ compiler, say, a warning tells so, and the model goes on as it is.
+    On a GPU it is also recorded as CUDA graphs, which saves the time of launching its kernels one by one; what it
+    returns there is overwritten by the next call. Where compilation fails, for want of a C++ compiler, say, a warning
+    tells so, and the model goes on as it is.
     """
     if distributed.RANK == 0:
         tell("compiling, which can take two minutes the first time")
@@ -152,12 +146,14 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
     state = copy.deepcopy(model.state_dict())  # of which running it may change the buffers
     try:
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
             warnings.simplefilter("ignore")
-            output = in_precision(model, precision)(x, t)
-            if training:
-                output.mean().backward()
+            for _ in range(2 if device.type == "cuda" else 1):  # the second call records
+                model.zero_grad()
+                output = in_precision(model, precision)(x, t)
+                if training:
+                    output.mean().backward()
     except Exception as error:  # whatever it is, the model works without
         why = "Python's headers are missing, install python3-dev: " if "Python.h" in str(error) else ""
         warn(f"going on without compilation, which failed: {why}{type(error).__name__}: {error}")
@@ -174,63 +170,3 @@ def is_out_of_memory(error: Exception) -> bool:
     words = ["out of memory", "can't allocate memory", "invalid buffer size", "size calculation overflowed"]
     words += ["alloc_failed", "unable to find an engine"]  # of cuDNN and cuBLAS
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
-
-
-class GraphedFunction:
-    """Runs a function of tensors on a GPU as one CUDA graph, which saves the time of launching its kernels one by one.
-
-    The first calls run as usual. The next one records what the function launches, and from then on that is replayed,
-    so all that the function does must be on the GPU, in tensors that stay where they are. Calls with fewer rows than
-    the first one had are filled up with rows of earlier calls. Other shapes, and other devices, run as usual.
-
-    Args:
-        function: takes and returns tensors, and treats their rows alike. What it returns is overwritten by the next
-            call.
-    """
-
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function = function
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Tensor] = []
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if not inputs[0].is_cuda:
-            return self.function(*inputs)
-        if self.calls == 0:
-            gc.collect()  # what a backward pass outside has left would tie the gradients to another stream
-            self.inputs = [x.clone() for x in inputs]
-            self.stream = torch.cuda.Stream()
-        rows = len(inputs[0])
-        if any(len(x) > len(own) or x.shape[1:] != own.shape[1:] for own, x in zip(self.inputs, inputs)):
-            return self.function(*inputs)
-        self.calls += 1
-        for own, x in zip(self.inputs, inputs):
-            own[: len(x)].copy_(x)
-        if self.calls <= WARM_UP_CALLS:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                output = self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return output[:rows] if output.dim() else output
-        if self.calls == WARM_UP_CALLS + 1:
-            self._record()
-        if self.graph is None:
-            return self.function(*inputs)
-        self.graph.replay()
-        return self.output[:rows] if self.output.dim() else self.output
-
-    def _record(self) -> None:
-        torch.cuda.synchronize()
-        current = torch.cuda.current_stream()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.output = self.function(*self.inputs)
-        except Exception as error:  # whatever it is, the function works unrecorded, unless there is no room for it
-            torch.cuda.set_stream(current)  # which a failed capture leaves at its own
-            if is_out_of_memory(error):
-                raise
-            warn(f"going on without a CUDA graph, which failed: {error.__context__ or error}")
-        else:
-            self.graph = graph

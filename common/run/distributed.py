@@ -55,7 +55,6 @@ def start() -> None:
 def stop() -> None:
     """Leaves the other processes, when the work is done."""
     if dist.is_initialized():
-        gc.collect()  # NCCL would wait for ever for a recorded step in which the processes average gradients
         dist.destroy_process_group()
         gc.collect()  # ends gloo's threads, which can abort the process if they outlive Python
 

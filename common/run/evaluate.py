@@ -25,7 +25,7 @@ from common.likelihood import (
 from common.run import distributed
 from common.run.checkpoint import atomic_write
 from common.run.datasets import DATASETS, load_images
-from common.run.device import noise_predictor
+from common.run.device import in_precision
 from common.run.errors import UsageError, UserError, counted, printable, say
 from common.run.models import TrainedModel, load_classifier, load_trained
 from common.run.options import Stage
@@ -68,7 +68,7 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
         "torch": torch.__version__,
     }
     schedule = NoiseSchedule().to(trained.device)
-    model = noise_predictor(trained.model, trained.precision)
+    model = in_precision(trained.model, trained.precision)
     losses = measure_losses(model, schedule, repeated(held_out, schedule.steps), options.seed)
     loss, quarters = loss_by_quarter(losses, schedule.steps, len(held_out))
     report["loss"] = {**loss._asdict(), "quarters": [q._asdict() for q in quarters], "images": len(held_out)}

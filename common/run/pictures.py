@@ -41,7 +41,7 @@ def sample_images(
     """Samples images, `batch_size` at a time. Leaves the global random numbers alone.
 
     Args:
-        predict_noise: a model in eval mode, as `device.noise_predictor` calls it, say; on the schedule's device.
+        predict_noise: a model in eval mode, as `device.in_precision` calls it, say; on the schedule's device.
         sampler: "ddpm" or "ddim".
         steps: how many time steps to visit, see `default_steps`.
         seed: the images depend on it, on their number, on `batch_size` and on the device.

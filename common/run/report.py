@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from common.data import random_seed, shuffled_batches, to_uint8
 from common.run import distributed
-from common.run.device import noise_predictor
 from common.run.errors import only_telling, tell
 from common.run.folder import write_log
 from common.run.pictures import sample_images, save_grid
@@ -33,8 +32,6 @@ class Reporter:
 
     def __init__(self, run: Run, images: Tensor, run_dir: Path, sample_every: int, max_steps: int | None):
         self.run = run
-        # One for all grids; they are smaller than the batches that the run measures with its own.
-        self.predict_averaged = noise_predictor(run.ema.module, run.precision)
         self.images = images
         self.run_dir = run_dir
         self.sample_every = sample_every
@@ -119,6 +116,6 @@ class Reporter:
         path = self.run_dir / "samples" / f"epoch-{epoch:04d}.png"
         if self.is_grid_due() and (again or not path.exists()):
             images = sample_images(
-                self.predict_averaged, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed
+                run.predict_averaged, run.schedule, GRID_IMAGES, steps=GRID_STEPS, seed=run.options.seed
             )
             save_grid(images, path)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from common.diffusion import NoiseSchedule
 from common.guidance import CLASSES, Classifier, guided
 from common.run import distributed
-from common.run.device import autocast, noise_predictor
+from common.run.device import autocast, in_precision
 from common.run.errors import UsageError, counted, say
 from common.run.models import TrainedModel, load_classifier, load_trained
 from common.run.options import Stage
@@ -90,7 +90,7 @@ def draw(
                 film(start, step, xt)
 
         schedule = NoiseSchedule().to(trained.device)
-        predict_noise = noise_predictor(trained.model, trained.precision)
+        predict_noise = in_precision(trained.model, trained.precision)
         if classifier:
             label = CLASSES.index(options.label)
             predict_noise = guided(predict_noise, classifier, schedule, label, options.guidance_scale)

@@ -1,7 +1,6 @@
 """A training that uses the machine, can be saved and goes on."""
 
 import math
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch.amp import GradScaler
 
 from common.run import checkpoint, distributed
 from common.run.checkpoint import LOG_COLUMNS, Checkpoint, RunOptions, RunProgress
-from common.run.device import GraphedFunction, in_precision, noise_predictor
+from common.run.device import in_precision
 from common.run.errors import UserError
 from common.training import Trainer
 
@@ -44,7 +43,7 @@ class Run(Trainer):
         self.model_options = model_options
         self.precision = precision
         self.predict_noise = in_precision(model, precision)
-        self.predict_averaged = noise_predictor(self.ema.module, precision)
+        self.predict_averaged = in_precision(self.ema.module, precision)
         self._state_names = model.state_dict().keys()
         # These are read rarely: each reading makes a GPU wait.
         self._loss_sum = torch.zeros((), device=self.device)  # of the images seen in the epoch under way
@@ -53,11 +52,6 @@ class Run(Trainer):
         self._finite_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # before the first that was not
         self.optimizer.register_step_pre_hook(lambda *arguments: self._prepare_gradients())
         self.scaler = self._scale_gradients() if precision == "fp16" else None
-        if self.device.type == "cuda":
-            self.optimizer.param_groups[0]["capturable"] = True
-            # Adam warns of the first steps, which are not captured.
-            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-            self.gradient_step = GraphedFunction(self.gradient_step)  # type: ignore[method-assign, assignment]
 
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As Trainer.gradient_step, of this rank's share of the batch; adds up losses, notes whether all is finite."""
