@@ -61,7 +61,7 @@ def main() -> None:
     try:
         saved = checkpoint.load(path, stage.name, ema_only=True)
         images = load_images("cifar10", options.data_dir, train=False)
-        model = build_model(stage, saved_model_options(stage, saved, path, {}), seed=0, path=path).eval()
+        model = build_model(stage, saved_model_options(stage, saved, path, {}), seed=0).eval()
         model.load_state_dict(saved["ema"])
         errors = errors_by_range(model, images)
     except UserError as error:

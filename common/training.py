@@ -42,8 +42,7 @@ class Trainer:
         self.progress = Progress()
         self.device = next(model.parameters()).device
         self.schedule = NoiseSchedule().to(self.device)
-        fused = all(p.is_floating_point() for p in model.parameters())  # one kernel; it refuses integers
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=fused)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)  # in one kernel
         self.ema = AveragedWeights(model, options.ema_decay)
         self.predict_noise: NoisePredictor = model  # a wrapper of the model may take its place
 
@@ -90,20 +89,17 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = model
         self.decay = decay
-        pairs = [(a, weight) for a, weight in zip(self.module.parameters(), model.parameters()) if weight.requires_grad]
-        self._averaged = [average for average, _ in pairs]
-        self._current = [weight.detach() for _, weight in pairs]
-        self._copied = [
-            (averaged, current, name)
-            for averaged, current in zip(self.module.modules(), model.modules())
-            for name, tensor in (*current.named_buffers(recurse=False), *current.named_parameters(recurse=False))
-            if not tensor.requires_grad
-        ]
+        pairs = [*zip(self.module.parameters(), model.parameters())]
+        self._averaged = [averaged for averaged, weight in pairs if weight.requires_grad]
+        self._current = [weight.detach() for _, weight in pairs if weight.requires_grad]
+        self._frozen = [(averaged, weight) for averaged, weight in pairs if not weight.requires_grad]
 
     def update(self, n: int) -> None:
         """Averages in the model's weights as they are now, after `n` updates."""
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         get_ema_multi_avg_fn(decay)(self._averaged, self._current, n)
-        for averaged_module, module, name in self._copied:  # looked up each time: a model may put another in its place
-            getattr(averaged_module, name).copy_(getattr(module, name))
+        buffers = zip(self.module.buffers(), self.model.buffers())  # anew: a model may put another in one's place
+        for averaged, current in (*self._frozen, *buffers):
+            averaged.copy_(current)

@@ -3,6 +3,7 @@
 import argparse
 import random
 import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ Run = Callable[..., int]
 
 
 class Unusual(nn.Module):
-    """Dropout; parameters that are never used, frozen, of other types, infinite or empty; buffers with -inf, or that
+    """Dropout; parameters that are never used, frozen, of another type, infinite or empty; buffers with -inf, or that
     are replaced at every step; a number read while it is built."""
 
     mask: Tensor
@@ -37,7 +38,6 @@ class Unusual(nn.Module):
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(3))
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
-        self.index = nn.Parameter(torch.arange(3), requires_grad=False)
         self.infinite = nn.Parameter(torch.tensor([0.0, -torch.inf]), requires_grad=False)
         self.empty = nn.Parameter(torch.empty(0))
         self.wide = nn.Parameter(torch.zeros(1, dtype=torch.float64))
@@ -94,6 +94,7 @@ def test_a_training_to_its_end_says_what_comes_next_and_leaves_grids_of_the_aver
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("common.run.report.GRID_IMAGES", 4)
+    monkeypatch.setattr(sys, "argv", ["part_h.py"])
     np.save(tmp_path / "own.npy", np.random.RandomState(0).randint(0, 256, (250, 32, 32, 3)).astype(np.uint8))
     stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny())
     short = ("--dataset", tmp_path / "own.npy", "--batch-size", 5000, "--epochs", 2, "--precision", "fp32")
@@ -101,7 +102,7 @@ def test_a_training_to_its_end_says_what_comes_next_and_leaves_grids_of_the_aver
         assert run(stage, "run")("train", *short, "--sample-every", 1, *resume) == 0
         output = capsys.readouterr().out
         assert "checkpoint.pt: 2 of 2 epochs done, 4 steps" in output
-        assert f"draw pictures with: python {tmp_path / 'part_h.py'} test --run-dir {tmp_path / 'run'}" in output
+        assert f"draw pictures with: python part_h.py test --run-dir {tmp_path / 'run'}" in output
     samples = tmp_path / "run" / "samples"
     assert sorted(path.name for path in samples.iterdir()) == ["data.png", "epoch-0001.png", "epoch-0002.png"]
     model = Tiny()
@@ -136,16 +137,6 @@ def test_a_model_is_trained_sampled_and_measured_in_fp16(
     assert "cpu in fp16" in capsys.readouterr().out
     saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt", "part_h")
     assert saved["scaler"]["_growth_tracker"] == 4
-
-
-def test_parameters_that_fp16_cannot_train_are_told_in_one_line(
-    tmp_path: Path, run: Callable[[Stage, str], Run], capsys: pytest.CaptureFixture[str]
-) -> None:
-    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Unusual())
-    assert run(stage, "run")("train", "--dataset", "shapes", "--max-steps", 1, "--precision", "fp16") == 1
-    error = capsys.readouterr().err
-    assert "error: argument --precision: fp16 cannot train parameters of type torch.int64" in error
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -272,37 +263,8 @@ def test_weights_that_are_not_finite_never_replace_good_ones(
     capsys.readouterr()
     assert command("train", "--resume", "--lr", "1e39", "--max-steps", 3) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the weights have not been finite since step 3, with --lr 1e+39" in error
+    assert "at step 3, the loss, the weights or Adam's moments are no longer finite, with --lr 1e+39" in error
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("names", "settings", "message"),
-    [
-        (("--lr",), {"type": float}, "every stage has lr already"),
-        (("--init",), {"dest": "weights"}, "every stage has weights already"),
-        (("--rate",), {"dest": "command"}, "every stage has command already"),
-        (("--width",), {"required": True}, "required: --width; give each a default"),
-        (("width",), {}, "required: width; give each a default"),
-    ],
-)
-def test_an_option_that_cannot_be_one_of_the_model_is_told_in_one_line(
-    names: tuple[str, ...],
-    settings: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    run: Callable[[Stage, str], Run],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def add_option(group: OptionGroup) -> None:
-        group.add_argument(*names, **settings)
-
-    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny(), [add_option])
-    words = ("--width", "3") if names == ("--width",) else ("3",) if names == ("width",) else ()
-    assert run(stage, "run")("train", *words) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
 
 
 def test_whatever_a_step_draws_from_it_is_seeded(tmp_path: Path, run: Callable[[Stage, str], Run]) -> None:
@@ -463,24 +425,22 @@ class Late(Special):
 
 @pytest.mark.parametrize("compile", ["--no-compile", "--compile"])
 @pytest.mark.parametrize(
-    ("model", "epochs", "message"),
+    ("model", "message"),
     [
-        (Object, 120, "a checkpoint of this run could not be read again"),
-        (Lambda, 120, "a checkpoint of this run could not be read again"),
-        (Late, 120, "the model has gained or lost seen"),
-        (Tiny, 1e2, "a checkpoint of this run could not be read again"),
+        (Object, "a checkpoint of this run could not be read again"),
+        (Lambda, "a checkpoint of this run could not be read again"),
+        (Late, "the model has gained or lost seen"),
     ],
 )
 def test_what_no_checkpoint_can_carry_is_told_before_the_second_step(
     model: type[nn.Module],
-    epochs: Any,
     message: str,
     compile: str,
     tmp_path: Path,
     run: Callable[[Stage, str], Run],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: model(), epochs=epochs)
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: model())
     assert run(stage, "run")("train", "--dataset", "shapes", "--batch-size", 4, compile) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("part_h.py: error: ")

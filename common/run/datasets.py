@@ -1,7 +1,6 @@
 """The data sets: CIFAR-10, downloaded and checked; shapes, drawn; one's own images."""
 
 import http.client
-import os
 from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -64,9 +63,6 @@ def load_cifar10(data_dir: Path, train: bool = True, data_url: str | None = None
 
     if data_dir.name == Archive.base_folder:
         data_dir = data_dir.parent
-    for path in (data_dir, *data_dir.glob(f"{Archive.base_folder}"), *data_dir.glob(f"{Archive.base_folder}/*")):
-        if path.exists() and not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise UserError(f"--data-dir {data_dir}: {path}: may not be read")
     try:
         return Archive(data_dir, train=train, download=True)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:

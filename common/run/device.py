@@ -88,12 +88,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def in_precision(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
     """The model, under autocast to that precision; what it returns is float32, whatever its weights are."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # a model of mixed types knows what it does
 
     def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
         with autocast(xt.device, precision):
-            noise = model(xt.to(dtype, copy=True), t.clone())  # it may change what it is given
+            noise = model(xt.clone(), t.clone())  # it may change what it is given
         if not isinstance(noise, Tensor) or noise.shape != xt.shape or not noise.is_floating_point():
             found = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
             raise UserError(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.run.errors import UsageError, UserError, drop_what_nobody_takes
+from common.run.errors import UsageError, drop_what_nobody_takes
 
 K = TypeVar("K", int, tuple[int, int])
 T = TypeVar("T")
@@ -95,18 +95,11 @@ def hides_bars() -> bool | None:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Calls the function on rank 0 alone. What it returns is returned on every rank, what it raises is raised there."""
+    """Calls the function on rank 0 alone. What it returns is returned on every rank; if it raises, all ranks end."""
     if WORLD_SIZE == 1:
         return function()
-    box: list[T | Exception | None] = [None]
-    if RANK == 0:
-        try:
-            box = [function()]
-        except (UserError, OSError) as error:
-            box = [error]
+    box = [function() if RANK == 0 else None]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    if isinstance(box[0], Exception):
-        raise box[0]
     return box[0]  # type: ignore[return-value]
 
 

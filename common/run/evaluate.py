@@ -30,7 +30,7 @@ from common.run.errors import UsageError, UserError, counted, printable, say
 from common.run.models import TrainedModel, load_classifier, load_trained
 from common.run.options import Stage
 from common.run.own_images import check_place
-from common.run.pictures import check_outputs, default_steps
+from common.run.pictures import SAMPLERS, check_outputs
 from common.run.test import draw
 
 ENDINGS = {"--output": [".json"]}
@@ -41,7 +41,7 @@ Report = dict[str, Any]
 
 def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Measures what a stage has learned. Returns the exit status."""
-    steps = options.steps or default_steps(options.sampler, NoiseSchedule().steps)
+    steps = options.steps or SAMPLERS[options.sampler]
     if "fid_network" in typed and not options.fid:
         raise UsageError("argument --fid-network: requires --fid")
     if options.dataset not in (None, *DATASETS):

@@ -3,12 +3,13 @@
 import argparse
 import copy
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.data import seed_everything
 from common.guidance import Classifier
@@ -21,16 +22,11 @@ from common.run.options import Stage, flag, model_defaults
 CLASSIFIER = Path(__file__).resolve().parents[2] / "assets" / "weights" / "classifier.pt"
 
 
-def build_model(stage: Stage, model_options: dict[str, Any], seed: int, path: Path | None = None) -> nn.Module:
-    """Makes a stage's model, untrained.
-
-    Args:
-        seed: of all that is random in it.
-        path: the checkpoint that the options come from, if they do.
+def build_model(stage: Stage, model_options: dict[str, Any], seed: int) -> nn.Module:
+    """Makes a stage's model, untrained; the seed is that of all that is random in it.
 
     Raises:
-        UsageError: the options of the command line do not make one.
-        UserError: those of the checkpoint do not.
+        UsageError: these options do not make one.
     """
     seed_everything(seed)
     try:
@@ -39,12 +35,7 @@ def build_model(stage: Stage, model_options: dict[str, Any], seed: int, path: Pa
             if torch.empty_like(parameter).stride() != parameter.stride():  # gaps in memory, which fused Adam overlooks
                 parameter.data = parameter.data.contiguous()
         return model
-    except Exception as error:
-        if path:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: damaged: no model can be made with its options: {reason}") from error
-        if not isinstance(error, ValueError):
-            raise
+    except ValueError as error:
         name, _, reason = str(error).partition(": ")  # of an argument, which has the name of its option
         if name in model_options:
             raise UsageError(f"argument {flag(name)}: {reason}") from error
@@ -70,8 +61,6 @@ def saved_model_options(stage: Stage, saved: Checkpoint, path: Path, typed: Mapp
     defaults = model_defaults(stage)
     with checkpoint.reading(path):
         model_options = defaults | saved["model_options"]
-        if any(isinstance(value, Tensor) for value in model_options.values()):
-            raise TypeError("a model option is a tensor")
         if model_options.keys() != defaults.keys():
             raise ValueError(f"there is no option {', '.join(model_options.keys() - defaults.keys())}")
     refuse_contradictions({n: value for n, value in typed.items() if n in defaults}, model_options, path)
@@ -112,14 +101,15 @@ def load_trained(stage: Stage, options: argparse.Namespace, typed: Mapping[str, 
     if options.pretrained and not averaged:
         raise UsageError("argument --weights: the weights that come with the project are averaged ones, got raw")
     if not path.exists():
-        command = shlex.join(["python", stage.script, "train", "--run-dir", str(path.parent)])
+        command = shlex.join(["python", sys.argv[0], "train", "--run-dir", str(path.parent)])
         hint = "; or take the weights that come with the project, with --pretrained" if stage.weights.exists() else ""
         raise UserError(f"{path}: no checkpoint there; make one with: {command}{hint}")
     saved = distributed.on_first(lambda: checkpoint.load(path, stage.name, ema_only=averaged))
     if not options.output:
         distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     model_options = saved_model_options(stage, saved, path, typed)
-    model = build_model(stage, model_options, saved["training_options"]["seed"], path).eval()
+    with checkpoint.reading(path):
+        model = build_model(stage, model_options, saved["training_options"]["seed"]).eval()
     checkpoint.load_weights(model, saved["ema"] if averaged else saved["model"], path)
     model.to(device)
     if options.compile:

@@ -17,13 +17,8 @@ from common.run.checkpoint import atomic_write
 from common.run.datasets import IMAGE_SHAPE
 from common.run.errors import UsageError
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = {"ddpm": 1000, "ddim": 50}  # and how many time steps each visits unless told otherwise
 FILM_FORMATS = {".webp": "WEBP", ".gif": "GIF"}
-
-
-def default_steps(sampler: str, schedule_steps: int) -> int:
-    """How many time steps a sampler visits unless told otherwise: all for ddpm, as in its paper, 50 for ddim."""
-    return schedule_steps if sampler == "ddpm" else 50
 
 
 def sample_images(
@@ -32,7 +27,7 @@ def sample_images(
     num_images: int,
     *,
     sampler: str = "ddpm",
-    steps: int | None = None,
+    steps: int,
     seed: int = 0,
     batch_size: int = 256,
     spread: bool = False,
@@ -42,8 +37,8 @@ def sample_images(
 
     Args:
         predict_noise: a model in eval mode, as `device.in_precision` calls it, say; on the schedule's device.
-        sampler: "ddpm" or "ddim".
-        steps: how many time steps to visit, see `default_steps`.
+        sampler: one of SAMPLERS.
+        steps: how many time steps to visit.
         seed: the images depend on it, on their number, on `batch_size` and on the device.
         spread: share the batches out among all processes, which must all call this.
         watch: called with the number of a batch's first image, the number of steps made, from 0 on, and the state
@@ -54,7 +49,6 @@ def sample_images(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: must be {' or '.join(SAMPLERS)}, got {sampler!r}")
-    steps = default_steps(sampler, schedule.steps) if steps is None else steps
     device = schedule.beta.device
     starts = range(0, num_images, batch_size)
     chunks = {}

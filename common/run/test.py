@@ -16,9 +16,9 @@ from common.run.models import TrainedModel, load_classifier, load_trained
 from common.run.options import Stage
 from common.run.pictures import (
     FILM_FORMATS,
+    SAMPLERS,
     Film,
     check_outputs,
-    default_steps,
     make_folder,
     sample_images,
     save_film,
@@ -32,7 +32,7 @@ ENDINGS = {"--output": [".png"], "--film": list(FILM_FORMATS), "--trajectory": [
 
 def test(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -> int:
     """Draws what a stage has learned. Returns the exit status."""
-    steps = options.steps or default_steps(options.sampler, NoiseSchedule().steps)
+    steps = options.steps or SAMPLERS[options.sampler]
     outputs = {"--output": options.output, "--film": options.film, "--trajectory": options.trajectory}
     check_outputs(outputs, ENDINGS)
     if "guidance_scale" in typed and not options.label:

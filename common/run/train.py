@@ -3,8 +3,9 @@
 import argparse
 import math
 import shlex
+import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
         if progress.epoch < epochs:
             say("go on with: the same command, with --resume, without --overwrite and --max-steps")
         else:
-            words = ["python", stage.script, "test", "--run-dir", str(run_dir)]
+            words = ["python", sys.argv[0], "test", "--run-dir", str(run_dir)]
             say(f"draw pictures with: {shlex.join(words)}")
     return 128 + received if received else 0
 
@@ -108,7 +109,8 @@ def _make_run(
             f"argument --batch-size: {distributed.WORLD_SIZE} processes cannot share a batch of "
             f"{run_options.batch_size} equally; give a multiple of {distributed.WORLD_SIZE}"
         )
-    model = build_model(stage, model_options, run_options.seed, path if saved else None).to(device)
+    with checkpoint.reading(path) if saved else nullcontext():
+        model = build_model(stage, model_options, run_options.seed).to(device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no parameter that can be trained")
     run = Run(stage.name, model_options, model, run_options, pick_precision(run_options.precision, device))

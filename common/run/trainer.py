@@ -48,19 +48,15 @@ class Run(Trainer):
         # These are read rarely: each reading makes a GPU wait.
         self._loss_sum = torch.zeros((), device=self.device)  # of the images seen in the epoch under way
         self._loss_count = torch.zeros((), dtype=torch.int64, device=self.device)  # how many these are
-        self._all_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._finite_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # before the first that was not
         self.optimizer.register_step_pre_hook(lambda *arguments: self._prepare_gradients())
         self.scaler = self._scale_gradients() if precision == "fp16" else None
 
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """As Trainer.gradient_step, of this rank's share of the batch; adds up losses, notes whether all is finite."""
+        """As Trainer.gradient_step, of this rank's share of the batch; adds up losses."""
         mine = (x.chunk(distributed.WORLD_SIZE)[distributed.RANK] for x in (x0, t, noise))
         loss = super().gradient_step(*mine)
         distributed.average([loss])
         distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
-        self._all_finite &= loss.isfinite()
-        self._finite_steps += self._all_finite
         self._loss_sum += loss * len(x0)
         self._loss_count += len(x0)
         return loss
@@ -71,8 +67,6 @@ class Run(Trainer):
         The factor adapts (arXiv:1710.03740, section 3.2): a step whose gradients overflow is skipped, and halves it;
         after 2,000 others it doubles. All of that is computed on the device, so that nothing waits for a GPU.
         """
-        if others := {p.dtype for p in self.model.parameters()} - {torch.float32, torch.float64}:
-            raise UserError(f"argument --precision: fp16 cannot train parameters of type {others.pop()}; try fp32")
         scaler, predict_noise = GradScaler(self.device.type), self.predict_noise
 
         def predict_and_scale(xt: Tensor, t: Tensor) -> Tensor:
@@ -85,24 +79,19 @@ class Run(Trainer):
         return scaler
 
     def _prepare_gradients(self) -> None:
-        """Makes the gradients ready for the optimiser, and notes whether they are finite."""
+        """Makes the gradients ready for the optimiser."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         distributed.average(gradients)  # before all else: what does not fit fp16 on one rank, all skip
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        gradient_norm = nn.utils.get_total_norm(gradients)
-        if self.scaler:  # tells fused Adam to skip the step, as GradScaler.step would
-            self.optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
-        else:
-            self._all_finite &= gradient_norm.isfinite()
+            overflow = ~nn.utils.get_total_norm(gradients).isfinite()
+            self.optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # then fused Adam skips the step
 
     def check(self) -> None:
-        """Makes sure that the run can be saved: that losses, gradients, weights were finite so far. Waits for a GPU.
-
-        In fp16, gradients that are not finite only make for a smaller scale, as long as there is one.
+        """Makes sure that the run is worth saving: that its losses, weights and moments are finite. Waits for a GPU.
 
         Raises:
-            UserError: one was not, so the weights are worth nothing.
+            UserError: it is not, or in fp16 no scale is small enough for the gradients.
         """
         if changed := self.model.state_dict().keys() ^ self._state_names:
             raise UserError(
@@ -111,20 +100,14 @@ class Run(Trainer):
             )
         if self.scaler and self.scaler.get_scale() < 1:
             raise UserError("the gradients do not fit fp16, however small their scale; try --precision fp32")
-        finite_steps, what = self._finite_steps.item(), "the loss or the gradient has"
-        if finite_steps == self.progress.step and not self._weights_are_finite():
-            finite_steps, what = self.progress.step - 1, "the weights have"
-        if finite_steps < self.progress.step:
-            raise UserError(
-                f"{what} not been finite since step {finite_steps + 1}, with --lr {self.options.lr:g}; "
-                "try a lower --lr, or --precision fp32"
-            )
-
-    def _weights_are_finite(self) -> bool:
-        """Whether all weights that are trained are finite, and their averages."""
         pairs = zip(self.model.parameters(), self.ema.module.parameters())
-        weights = [weight for pair in pairs if pair[0].requires_grad and pair[0].numel() for weight in pair]
-        return bool(nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite())
+        trained = [weight for pair in pairs if pair[0].requires_grad and pair[0].numel() for weight in pair]
+        moments = [moment for state in self.optimizer.state.values() for moment in state.values() if moment.numel()]
+        if not nn.utils.get_total_norm([self._loss_sum, *trained, *moments], norm_type=math.inf).isfinite():
+            raise UserError(
+                f"at step {self.progress.step}, the loss, the weights or Adam's moments are no longer finite, with "
+                f"--lr {self.options.lr:g}; try a lower --lr, or --precision fp32"
+            )
 
     def mean_loss(self) -> float:
         """Mean loss of the images seen in the epoch under way."""
@@ -169,7 +152,6 @@ class Run(Trainer):
         self.progress = RunProgress(**saved["progress"])
         self._loss_sum.fill_(self.progress.loss_sum)
         self._loss_count.fill_(self.progress.seen)
-        self._finite_steps.fill_(self.progress.step)
         checkpoint.load_weights(self.model, saved["model"], path)
         checkpoint.load_weights(self.ema.module, saved["ema"], path)
         moments, parameters = saved["optimizer"], enumerate(self.model.parameters())
@@ -186,7 +168,5 @@ def _fitting_moments(state: dict[str, Tensor], parameter: Tensor, n: int) -> dic
     step, first, second = state["step"], state["exp_avg"], state["exp_avg_sq"]
     if not (step.shape == () and first.shape == second.shape == parameter.shape):
         raise ValueError(f"the optimizer's state of parameter {n} has another shape")
-    if not (0 <= step < math.inf and first.isfinite().all() and second.isfinite().all() and (second >= 0).all()):
-        raise ValueError(f"the optimizer's state of parameter {n} is not finite, or negative")
     moments = (torch.empty_like(parameter).copy_(moment) for moment in (first, second))
     return dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments)))
