@@ -434,14 +434,9 @@ LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "l
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK is None"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_PORT is None"),
-        ({name: LAUNCHED[name] for name in LAUNCHED if name != "MASTER_ADDR"}, "MASTER_ADDR expected"),
-        ({**LAUNCHED, "RANK": "2"}, "RANK is '2'"),
-        ({**LAUNCHED, "RANK": "x"}, "RANK is 'x'"),
-        ({**LAUNCHED, "LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
-        ({**LAUNCHED, "MASTER_PORT": "99999999"}, "MASTER_PORT is '99999999'"),
-        ({**LAUNCHED, "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"WORLD_SIZE": "2"}, "RANK expected"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR expected"),
+        ({name: LAUNCHED[name] for name in LAUNCHED if name != "MASTER_PORT"}, "MASTER_PORT expected"),
     ],
 )
 def test_what_another_program_has_left_in_the_environment_is_named(

@@ -22,32 +22,23 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
 
-
-def _number(name: str, default: int) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else default
-
-
-WORLD_SIZE = max(1, _number("WORLD_SIZE", 1))  # how many processes there are
-RANK = min(_number("RANK", 0), WORLD_SIZE - 1)  # of all of them
-LOCAL_RANK = _number("LOCAL_RANK", 0) if WORLD_SIZE > 1 else 0  # of those on this machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # of all of them
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0  # of those on this machine
 
 
 def start() -> None:
     """Joins the other processes.
 
     Raises:
-        UsageError: there is a WORLD_SIZE, but not all else, with sense, that torchrun puts into the environment.
+        UsageError: there is a WORLD_SIZE, but not all else that torchrun puts into the environment.
     """
     if WORLD_SIZE > 1:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         try:
-            for name, limit in (("RANK", WORLD_SIZE), ("LOCAL_RANK", WORLD_SIZE), ("MASTER_PORT", 2**16)):
-                if _number(name, limit) >= limit:
-                    raise ValueError(f"environment variable {name} is {os.environ.get(name)!r}")
             dist.init_process_group(backend, timeout=PATIENCE)
-        except ValueError as error:  # torch's own names MASTER_ADDR
+        except ValueError as error:  # it names what is missing
             raise UsageError(f"{error}; start with torchrun, or unset WORLD_SIZE, which is {WORLD_SIZE}") from error
         maximum(0)  # waits for all: a rank that ended now would keep slower ones from joining
 
