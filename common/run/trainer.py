@@ -48,15 +48,17 @@ class Run(Trainer):
         # These are read rarely: each reading makes a GPU wait.
         self._loss_sum = torch.zeros((), device=self.device)  # of the images seen in the epoch under way
         self._loss_count = torch.zeros((), dtype=torch.int64, device=self.device)  # how many these are
-        self.optimizer.register_step_pre_hook(lambda *arguments: self._prepare_gradients())
         self.scaler = self._scale_gradients() if precision == "fp16" else None
+        if self.scaler or distributed.WORLD_SIZE > 1:
+            self.optimizer.register_step_pre_hook(lambda *arguments: self._prepare_gradients())
 
     def gradient_step(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """As Trainer.gradient_step, of this rank's share of the batch; adds up losses."""
         mine = (x.chunk(distributed.WORLD_SIZE)[distributed.RANK] for x in (x0, t, noise))
         loss = super().gradient_step(*mine)
-        distributed.average([loss])
-        distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
+        if distributed.WORLD_SIZE > 1:
+            distributed.average([loss])
+            distributed.broadcast([b for name, b in self.model.named_buffers() if name in self._state_names])
         self._loss_sum += loss * len(x0)
         self._loss_count += len(x0)
         return loss
