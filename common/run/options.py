@@ -36,7 +36,7 @@ class Stage:
         file: the script; its name without .py is the stage's name.
         description: its docstring, for --help.
         build_model: makes the model from the values of the model options. A ValueError becomes a usage error.
-        model_options: functions that add an option of the model each, with a default. A checkpoint carries their values.
+        model_options: functions that add an option of the model each, with a default. A checkpoint carries its value.
         training_options: the same for fields of TrainingOptions that not every stage has as an option.
         epochs: default of --epochs.
     """
