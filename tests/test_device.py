@@ -76,6 +76,28 @@ def test_without_a_compiler_the_model_runs_as_it_is(capsys: pytest.CaptureFixtur
     assert "going on without compilation" in warnings[0]
 
 
+def test_a_model_that_cannot_be_compiled_keeps_the_buffers_that_it_had(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it puts others in their place: those of a CUDA graph are gone once it fails."""
+
+    class Counting(Small):
+        count: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            self.count = self.count + 1
+            raise RuntimeError("overwritten by a subsequent run")
+
+    model = Counting()
+    before = model.count
+    compile_model(model, batch_size=4)
+    assert model.count is before
+    assert model.count == 0
+    assert "going on without compilation" in capsys.readouterr().err
+
+
 class OneBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -329,6 +329,19 @@ class Codebook(Special):
         return x * self.codes
 
 
+class Cache(Special):
+    """A table made at first use, in no state dict; the buffers after it are others' all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def part(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "table"):
+            self.register_buffer("table", torch.full((), 7.0), persistent=False)
+        return self.norm(x) + self.table
+
+
 class InPlace(Special):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         x *= 2
@@ -378,7 +391,7 @@ def test_a_model_may_change_what_it_is_given() -> None:
     assert torch.equal(t, torch.arange(2))
 
 
-@pytest.mark.parametrize("model", [BatchNorm, Features, Codebook, InPlace, Gaps])
+@pytest.mark.parametrize("model", [BatchNorm, Features, Codebook, Cache, InPlace, Gaps])
 @pytest.mark.parametrize("compile", [(), ("--compile",)])
 def test_a_run_of_any_model_goes_on_as_the_uncut_one_and_draws_what_it_learned(
     model: type[nn.Module], compile: tuple[str, ...], tmp_path: Path, run: Callable[[Stage, str], Run]

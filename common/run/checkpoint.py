@@ -92,7 +92,7 @@ def _packed(contents: Any) -> io.BytesIO:
 
 
 def load(path: Path, stage: str, ema_only: bool = False) -> Checkpoint:
-    """Reads a checkpoint of the given stage into main memory, and checks all of it that does not depend on the model.
+    """Reads a checkpoint of the given stage into main memory, and checks that it is whole.
 
     Args:
         ema_only: be content with what `save_weights` leaves.

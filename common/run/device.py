@@ -87,7 +87,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def in_precision(model: nn.Module, precision: str = "fp32") -> NoisePredictor:
-    """The model, under autocast to that precision; what it returns is float32, whatever its weights are."""
+    """The model, under autocast to that precision; what it returns is float32."""
 
     def predict_noise(xt: Tensor, t: Tensor) -> Tensor:
         with autocast(xt.device, precision):
@@ -134,8 +134,8 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
     """Compiles a model that predicts noise, in place, by running it, with a backward pass if it is for training.
 
     On a GPU it is also recorded as CUDA graphs, which saves the time of launching its kernels one by one; what it
-    returns there is overwritten by the next call. Where compilation fails, for want of a C++ compiler, say, a warning
-    tells so, and the model goes on as it is.
+    returns there is overwritten by the next call. Where that fails, for want of a C++ compiler, say, a warning tells
+    so, and the model goes on as it is.
     """
     if distributed.RANK == 0:
         tell("compiling, which can take two minutes the first time")
@@ -143,6 +143,7 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
     x = torch.zeros(batch_size, *IMAGE_SHAPE, device=device)
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
     state = copy.deepcopy(model.state_dict())  # of which running it may change the buffers
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]  # or put others in their place
     try:
         model.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
         with warnings.catch_warnings(), torch.set_grad_enabled(training):
@@ -159,6 +160,8 @@ def compile_model(model: nn.Module, batch_size: int, precision: str = "fp32", tr
             model.compile(disable=True)
     finally:
         model.zero_grad()
+        for module, before in buffers:
+            module._buffers.update(before)
         with suppress(RuntimeError):  # what running it has added cannot be taken back; Run.check tells of that
             model.load_state_dict(state)
 

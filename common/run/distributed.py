@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # how many processes there are
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # of all of them
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0  # of those on this machine
 
@@ -31,7 +31,7 @@ def start() -> None:
     """Joins the other processes.
 
     Raises:
-        UsageError: there is a WORLD_SIZE, but not all else that torchrun puts into the environment.
+        UsageError: there is a WORLD_SIZE, but not the rest that torch needs, and torchrun puts into the environment.
     """
     if WORLD_SIZE > 1:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()

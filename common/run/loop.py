@@ -44,7 +44,7 @@ def train(
         The signal that stopped it, SIGINT, SIGTERM or SIGHUP, or None.
 
     Raises:
-        UserError: the loss or the gradient is not finite, or a file cannot be written.
+        UserError: the run is not worth saving, see `Run.check`, or a file cannot be written.
     """
     progress = run.progress
     is_first = distributed.RANK == 0

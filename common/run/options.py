@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 from torch import nn
 
 from common.blocks import ACTIVATIONS
-from common.diffusion import NoiseSchedule
 from common.guidance import CLASSES
 from common.run.datasets import DATASETS, HELD_OUT_IMAGES, TRAINING_IMAGES
 from common.run.device import DTYPES
@@ -232,7 +231,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
     shipped = "take the weights that come with the project; what is made of them goes to pretrained/ in the run folder"
     add("--seed", type=seed, default=0, help="of the noise")
     add("--sampler", choices=SAMPLERS, default="ddpm", help="with fresh noise in every step, or without")
-    add("--steps", type=whole_number(1, NoiseSchedule().steps), help=steps)
+    add("--steps", type=whole_number(1, SAMPLERS["ddpm"]), help=steps)
     add("--weights", choices=("ema", "raw"), default="ema", help=weights)
     add("--batch-size", type=whole_number(1, MAX_SAMPLES), default=256, help="images to draw at a time")
     add_either("--checkpoint", type=path, help="file to read (default: checkpoint.pt in the run folder)")

@@ -110,7 +110,8 @@ def _make_run(
             f"{run_options.batch_size} equally; give a multiple of {distributed.WORLD_SIZE}"
         )
     with checkpoint.reading(path) if saved else nullcontext():
-        model = build_model(stage, model_options, run_options.seed).to(device)
+        model = build_model(stage, model_options, run_options.seed)
+    model.to(device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no parameter that can be trained")
     run = Run(stage.name, model_options, model, run_options, pick_precision(run_options.precision, device))
