@@ -199,9 +199,8 @@ def test_the_report_fills_assets_from_the_runs(
 def test_only_the_report_requires_matplotlib(tmp_path: Path) -> None:
     """Of an installation without requirements-dev.txt."""
     start = "import sys; sys.modules['matplotlib'] = None; from benchmarks.train_chapter import main; main()"
-    words = ["--runs", str(tmp_path), "--stages", "A", "--epochs", "1"]
-    words += ["--data-dir", str(tmp_path / "data"), "--data-url", "nowhere"]
-    for more, told in ((["--report"], "requires matplotlib"), ([], "unknown url type")):
+    words = ["--runs", str(tmp_path), "--stages", "A", "--epochs", "1", "--data-url", "nowhere"]
+    for more, told in ((["--report"], "requires matplotlib"), ([], "argument --data-url: must start with http")):
         command = [sys.executable, "-c", start, *words, *more]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1
@@ -213,14 +212,13 @@ def test_only_the_report_requires_matplotlib(tmp_path: Path) -> None:
 def test_a_campaign_goes_on_when_nobody_reads_what_it_tells(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    words = ["--runs", str(tmp_path), "--stages", "A", "--epochs", "1"]
-    words += ["--data-dir", str(tmp_path / "data"), "--data-url", "nowhere"]
+    words = ["--runs", str(tmp_path), "--stages", "A", "--epochs", "1", "--data-url", "nowhere"]
     command = [sys.executable, "benchmarks/train_chapter.py", *words]
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(write)
     assert done.returncode == 1
     assert "stdout takes no more" in done.stderr
-    assert "unknown url type" in done.stderr  # `train` was reached
+    assert "argument --data-url: must start with http" in done.stderr  # `train` was reached
     assert "Traceback" not in done.stderr
 
 

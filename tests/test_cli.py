@@ -294,6 +294,7 @@ MISTAKES = [
     (A, "train --sample-every -1", "--sample-every"),
     (A, "train --checkpoint-every 0", "--checkpoint-every"),
     (A, "train --seed -1", "--seed"),
+    (A, "train --data-url file:///etc/passwd", "--data-url"),
     (A, "train --device abacus", "--device"),
     (A, "train --precision fp8", "--precision"),
     (A, "train --resume --overwrite", "--overwrite"),
@@ -437,6 +438,19 @@ def test_an_optimiser_state_of_another_shape_is_refused_before_anything_is_compi
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert str(tmp_path / "checkpoint.pt") in error
+
+
+def test_a_device_without_room_is_not_blamed_on_the_checkpoint(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def to(self: nn.Module, device: torch.device) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    assert run_stage(E, "train", "--resume", "--run-dir", run_dir) == 1
+    error = capsys.readouterr().err
+    assert "out of memory; try a smaller --batch-size" in error
+    assert "checkpoint" not in error
 
 
 def test_a_foreign_checkpoint_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

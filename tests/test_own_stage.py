@@ -28,7 +28,7 @@ Run = Callable[..., int]
 
 
 class Unusual(nn.Module):
-    """Dropout; parameters that are never used, frozen, of another type, infinite or empty; buffers with -inf, or that
+    """Dropout; parameters that are never used, frozen, of other types, infinite or empty; buffers with -inf, or that
     are replaced at every step; a number read while it is built."""
 
     mask: Tensor
@@ -38,6 +38,7 @@ class Unusual(nn.Module):
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(3))
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.index = nn.Parameter(torch.arange(3), requires_grad=False)
         self.infinite = nn.Parameter(torch.tensor([0.0, -torch.inf]), requires_grad=False)
         self.empty = nn.Parameter(torch.empty(0))
         self.wide = nn.Parameter(torch.zeros(1, dtype=torch.float64))
@@ -265,6 +266,35 @@ def test_weights_that_are_not_finite_never_replace_good_ones(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "at step 3, the loss, the weights or Adam's moments are no longer finite, with --lr 1e+39" in error
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "message"),
+    [
+        (("--lr",), {"type": float}, "every stage has lr already"),
+        (("--init",), {"dest": "weights"}, "every stage has weights already"),
+        (("--rate",), {"dest": "command"}, "every stage has command already"),
+        (("--width",), {"required": True}, "required: --width; give each a default"),
+        (("width",), {}, "required: width; give each a default"),
+    ],
+)
+def test_an_option_that_cannot_be_one_of_the_model_is_told_in_one_line(
+    names: tuple[str, ...],
+    settings: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    run: Callable[[Stage, str], Run],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def add_option(group: OptionGroup) -> None:
+        group.add_argument(*names, **settings)
+
+    stage = Stage(str(tmp_path / "part_h.py"), "Part H.", lambda args: Tiny(), [add_option])
+    words = ("--width", "3") if names == ("--width",) else ("3",) if names == ("width",) else ()
+    assert run(stage, "run")("train", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_whatever_a_step_draws_from_it_is_seeded(tmp_path: Path, run: Callable[[Stage, str], Run]) -> None:

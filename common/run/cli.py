@@ -1,5 +1,6 @@
 """The entry of every script: reads the command line, runs the command, and turns what goes wrong into one line."""
 
+import argparse
 import atexit
 import io
 import sys
@@ -8,7 +9,7 @@ from typing import NoReturn
 
 from common.run import distributed
 from common.run.device import is_out_of_memory, keep_freed_memory
-from common.run.errors import UserError, drop_what_nobody_takes, printable, tell
+from common.run.errors import UsageError, UserError, drop_what_nobody_takes, printable, tell
 from common.run.evaluate import evaluate
 from common.run.options import Stage, parse
 from common.run.test import test
@@ -31,6 +32,8 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(status)
     except UserError as error:
         message, status = str(error), error.exit_status
+    except argparse.ArgumentError as error:  # of a stage of one's own: an option that there is already, say
+        message, status = str(error), UsageError.exit_status
     except OSError as error:  # a full disk, say, or a folder that may not be written to
         where = error.filename or getattr(options, "run_dir", "the current folder")
         message, status = f"{where}: {error.strerror or error}", 1

@@ -32,7 +32,7 @@ def load_images(dataset: str, data_dir: Path, *, train: bool = True, data_url: s
         dataset: "cifar10", downloaded on first use and checked by its published MD5; "shapes", drawn on first use; or
             where one's own images are, see own_images.py.
         data_dir: the folder that keeps the data set; the inner one, cifar-10-batches-py, does too.
-        data_url: another address of CIFAR-10's archive.
+        data_url: another address of CIFAR-10's archive, http or https.
 
     Returns:
         uint8 (N, 3, 32, 32) in main memory.

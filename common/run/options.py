@@ -93,6 +93,12 @@ def dataset(word: str) -> str:
     return word if word in DATASETS else os.path.abspath(path(word))
 
 
+def _url(word: str) -> str:
+    if not word.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"must start with http:// or https://, got {word!r}")
+    return word
+
+
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are a UsageError, which `cli.main` turns into one line."""
 
@@ -124,7 +130,10 @@ def model_defaults(stage: Stage) -> dict[str, Any]:
     parser = _Parser(add_help=False)
     for add_option in stage.model_options:
         add_option(parser)
-    return vars(parser.parse_args([]))
+    try:
+        return vars(parser.parse_args([]))
+    except UsageError as error:
+        raise UsageError(f"model options: {error}; give each a default, for a checkpoint knows its own") from error
 
 
 def flag(name: str) -> str:
@@ -156,6 +165,8 @@ def make_parser(stage: Stage) -> tuple[_Parser, list[argparse.ArgumentParser]]:
         if command is not train:
             _add_sampling_options(command.add_argument_group("sampling"))
         _add_common_options(command.add_argument_group("common"), stage)
+        if taken := model_defaults(stage).keys() & {"command", *vars(command.parse_args([]))}:
+            raise UsageError(f"model options: every stage has {', '.join(taken)} already; choose another name")
         for add_option in stage.model_options:
             add_option(model)
         for add_option in stage.training_options:
@@ -181,7 +192,7 @@ def _add_data_options(group: OptionGroup, default: str | None = "cifar10") -> No
     text = own if default else f"{own} (default: what the model was trained on)"
     add("--dataset", type=dataset, metavar=names, default=default, help=text)
     add("--data-dir", type=path, default=Path("data"), help="folder that keeps cifar10 and shapes")
-    add("--data-url", help="another address of cifar-10-python.tar.gz (default: the official one)")
+    add("--data-url", type=_url, help="another address of cifar-10-python.tar.gz (default: the official one)")
 
 
 def _add_run_options(group: OptionGroup) -> None:
