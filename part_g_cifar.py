@@ -8,7 +8,7 @@ ResnetBlock of the levels named by --attention-resolutions, and one in the middl
     python part_g_cifar.py test
     python part_g_cifar.py eval
 
-2,193,219 parameters; 9.6 minutes an epoch on 2 cores with AMX; held-out loss 0.0313 after 20 epochs.
+2,193,219 parameters; 9.6 minutes an epoch on 2 cores of a Xeon with AMX; held-out loss 0.0313 after 20 epochs.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Model(nn.Module):
         activation_fn: makes every activation of the network, for example `nn.SiLU`.
         num_res_blocks: ResnetBlocks per level.
         channel_mult: width of each level in model_channels; a level has half the resolution of the one before.
-        attention_resolutions: pixels a side of the levels whose blocks are followed by attention.
+        attention_resolutions: side length, in pixels, of the levels whose blocks are followed by attention.
         num_steps: how many time steps there are.
         norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
     """
@@ -149,7 +149,7 @@ class Model(nn.Module):
 
 
 def attention_resolutions(group: options.OptionGroup) -> None:
-    text = "pixels a side of the levels that have attention"
+    text = "side length, in pixels, of the levels that have attention"
     group.add_argument("--attention-resolutions", type=options.whole_number(1, 32), nargs="*", default=[16], help=text)
 
 

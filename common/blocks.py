@@ -27,8 +27,8 @@ def group_norm(channels: int, norm_groups: int | None = None) -> nn.GroupNorm:
     """GroupNorm; by default with at least four channels to a group, and at most 32 groups.
 
     32 groups are DDPM's (arXiv:2006.11239), whose narrowest level has 128 channels. The lower limit is that of EDM's
-    code (arXiv:2206.00364). With one channel to a group, the norm would remove each channel's mean, and with it the
-    image's colour, or the time step that ResnetBlock has just added.
+    code (arXiv:2206.00364). With one channel to a group, a norm removes each channel's mean: in the last norm that is
+    the mean colour of the predicted noise, in a ResnetBlock's second norm the time step that was just added.
     """
     groups = min(32, channels // 4) if norm_groups is None else norm_groups
     if groups < 1 or channels % groups:

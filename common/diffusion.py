@@ -136,7 +136,7 @@ def ddpm(
 
 @torch.no_grad()
 def ddim(model: NoisePredictor, schedule: NoiseSchedule, xt: Tensor, steps: int) -> Iterator[Tensor]:
-    """Walks back without fresh noise (DDIM, arXiv:2010.02502, eq. 12, sigma = 0); yields what `ddpm` does."""
+    """Walks back without fresh noise (DDIM, arXiv:2010.02502, eq. 12, sigma = 0); yields the state after every step."""
     times = time_steps(schedule.steps, steps)
     for i in reversed(range(len(times))):
         t = torch.full((len(xt),), times[i], device=xt.device)

@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         return self.out(self.features(xt, t)).log_softmax(dim=1)
 
     def features(self, xt: Tensor, t: Tensor) -> Tensor:
-        """What the last layer tells the classes apart by, (B, 256)."""
+        """The features from which the last layer predicts the class, (B, 256)."""
         return self.blocks(xt, self.embed(t)).mean(dim=(2, 3))
 
 
@@ -55,7 +55,8 @@ def guided(
 ) -> NoisePredictor:
     """Turns `predict_noise` into a noise predictor that steers the samples towards the class `label` (eq. 14).
 
-    The paper uses this for DDIM; for DDPM it shifts the mean of each step, which to first order is the same.
+    The paper uses this for DDIM. For DDPM it shifts each step's mean by scale * variance * gradient; this shifts it by
+    scale * beta / sqrt(alpha) * gradient, nearly the same until the last steps, whose variance is far below beta.
 
     Args:
         classifier: x_t (B, C, H, W) and t (B,) -> log p(y | x_t) of each class y, as a Classifier computes it.
@@ -66,7 +67,7 @@ def guided(
     def predict_guided_noise(xt: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
             x = xt.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(classifier(x, t)[:, label].sum(), x)
+            (gradient,) = torch.autograd.grad(classifier(x, t)[:, label].sum(), x)  # of each image its own
         return predict_noise(xt, t) - scale * schedule.noise_scale[t, None, None, None] * gradient
 
     return predict_guided_noise

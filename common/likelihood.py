@@ -29,16 +29,6 @@ class Estimate(NamedTuple):
 # The noise-prediction loss
 
 
-def repeated(images: Tensor, steps: int) -> Tensor:
-    """Held-out images (N, ...), repeated up to a multiple of `steps`, so that each time step is met equally often.
-
-    It is the first multiple that is at least N and at least twice `steps`, so that each is met at least twice.
-    """
-    number = torch.arange(steps * max(2, math.ceil(len(images) / steps)))
-    shift = number // math.lcm(len(images), steps)  # by one where an image would meet the same time step again
-    return images[(number + shift) % len(images)]
-
-
 def held_out_draws(images: Tensor, start: int, schedule: NoiseSchedule, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """A block of held-out images, with time steps and noise that are always the same.
 
@@ -87,7 +77,7 @@ def loss_by_quarter(losses: Tensor, steps: int, num_images: int | None = None) -
 
 
 def mean_over_images(values: Tensor) -> Estimate:
-    """The mean of values (N,), one an image, with its standard error."""
+    """The mean of values (N,), one per image, with its standard error."""
     return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
@@ -95,7 +85,7 @@ def mean_over_images(values: Tensor) -> Estimate:
 
 
 class Bound(NamedTuple):
-    """The parts of the variational bound, in bits per dimension, one value an image."""
+    """The parts of the variational bound, in bits per dimension, one value per image."""
 
     prior: Tensor  # what the noisiest time step still tells of the image
     kl: Tensor  # the sum of the KL terms of t = 1 to the noisiest step
@@ -110,7 +100,7 @@ class Bound(NamedTuple):
 def variational_bound(
     model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, start: int = 0, exact: bool = False, seed: int = 0
 ) -> Bound:
-    """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images; the model is `diffusion.ddpm`'s.
+    """The bound on the negative log-likelihood (eq. 5 of DDPM) of a block of images, under `diffusion.ddpm`.
 
     The reverse steps are the sampler's: x0 clipped, the posterior's variance. At t = 0 that is 0, so the one of t = 1
     takes its place.

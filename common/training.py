@@ -26,7 +26,7 @@ class TrainingOptions:
 
 @dataclass
 class Progress:
-    """How far a training has got."""
+    """How far training has got."""
 
     step: int = 0  # gradient steps made
     epoch: int = 0  # epochs completed
@@ -61,7 +61,7 @@ class Trainer:
                 progress.seen += len(batch)
                 if progress.seen + options.batch_size > len(images):  # too few are left for a batch
                     progress.epoch, progress.seen = progress.epoch + 1, 0
-                yield loss  # all is counted by now, so a training that is saved here can resume from here
+                yield loss  # all is counted by now, so a run that is saved here can resume from here
 
     def augment(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, 32, 32) as the model sees them: float32 in [-1, 1] and, if `hflip`, flipped at random."""

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from common.diffusion import NoiseSchedule
-from common.likelihood import held_out_draws, loss_by_quarter, repeated
+from common.likelihood import held_out_draws, loss_by_quarter
 from common.run import checkpoint
 from common.run.datasets import load_images
 from common.run.errors import UserError
-from common.run.evaluate import measure_losses
+from common.run.evaluate import measure_losses, repeated
 from common.run.own_images import _read_place, read_image
 from tests.conftest import run_stage
 

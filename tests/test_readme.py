@@ -148,7 +148,8 @@ def test_the_results_are_those_that_were_measured() -> None:
 def test_a_script_says_what_to_expect_of_it(name: str) -> None:
     stage: Stage = importlib.import_module(name).stage
     expected = (
-        r"([\d,]+) parameters; (\S+) minutes an epoch on 2 cores with AMX; held-out loss (\S+) after (\d+) epochs\."
+        r"([\d,]+) parameters; (\S+) minutes an epoch on 2 cores of a Xeon with AMX; "
+        r"held-out loss (\S+) after (\d+) epochs\."
     )
     ((parameters, minutes, loss, epochs),) = re.findall(expected, stage.description or "")
     assert f"\n| {name[5].upper()} | {minutes} | " in PAGES[Path("docs/running.md")]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,7 +20,6 @@ from common.likelihood import (
     held_out_draws,
     loss_by_quarter,
     mean_over_images,
-    repeated,
     variational_bound,
 )
 from common.run import distributed
@@ -172,6 +172,16 @@ def fid(metric: Any, samples: Tensor, images: Tensor) -> float:
 
 
 # Block by block: what likelihood.py measures, of many images, by all processes together
+
+
+def repeated(images: Tensor, steps: int) -> Tensor:
+    """Held-out images (N, ...), repeated up to a multiple of `steps`, so that each time step is met equally often.
+
+    It is the first multiple that is at least N and at least twice `steps`, so that each is met at least twice.
+    """
+    number = torch.arange(steps * max(2, math.ceil(len(images) / steps)))
+    shift = number // math.lcm(len(images), steps)  # by one where an image would meet the same time step again
+    return images[(number + shift) % len(images)]
 
 
 def measure_losses(model: NoisePredictor, schedule: NoiseSchedule, images: Tensor, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loop around a training: steps, checks, checkpoints, signals."""
+"""The loop around a run: steps, checks, checkpoints, signals."""
 
 import signal
 import time

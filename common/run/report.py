@@ -1,4 +1,4 @@
-"""What a training shows of itself: the bar, a line now and then, log.csv, grids of samples."""
+"""What a run shows of itself: the bar, a line now and then, log.csv, grids of samples."""
 
 import sys
 import time

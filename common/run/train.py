@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from common.likelihood import repeated
 from common.run import checkpoint, distributed, loop
 from common.run.checkpoint import Checkpoint, RunOptions
 from common.run.datasets import DATASETS, load_images
 from common.run.device import compile_model, compiles_training, pick_device, pick_precision
 from common.run.errors import UsageError, UserError, counted, printable, say
+from common.run.evaluate import repeated
 from common.run.folder import MARK, RUN_FILES, locked, remove_run
 from common.run.models import build_model, new_model_options, refuse_contradictions, saved_model_options
 from common.run.options import Stage

@@ -1,4 +1,4 @@
-"""A training that uses the machine, can be saved and goes on."""
+"""A Trainer that uses the machine, can be saved and resumed."""
 
 import math
 from dataclasses import asdict
