@@ -1,7 +1,7 @@
 """How fast the stages train and sample, against the plain loop that a tutorial would write.
 
     python benchmarks/throughput.py
-    python benchmarks/throughput.py --stages A G --device cpu --data-dir data --json throughput.json
+    python benchmarks/throughput.py --stages A G --device cpu --data-dir data
 
 Plain is the same model in fp32, eager, with a DataLoader over PIL images, Adam and `.item()` each step. Ours is what
 `part_*.py` does by default, or with the --precision and --compile given here. Each is a process of its own, and they
@@ -11,7 +11,6 @@ steps, which all do the same work, and scaled.
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import os
 import platform
@@ -157,8 +156,8 @@ def advance(count: int) -> float:
 
 
 def synchronize() -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def peak_memory() -> float:
@@ -225,7 +224,6 @@ def measure(stage: str, options: argparse.Namespace, bar: tqdm) -> dict[str, Any
             }
     for name in peaks:
         peak = statistics.median(peaks[name])
-        row[f"matmul_flops_{name}"] = peak
         for what in ("train", "sample"):
             row[what][f"{name}_share_of_peak"] = row[what][name] * row[what]["flops_per_image"] / peak
     return row
@@ -256,14 +254,10 @@ def machine(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
-def print_table(report: dict[str, Any]) -> None:
-    compiled = " and ".join(what for what, value in report["compiled"].items() if value) or "nothing"
-    print(f"{report['machine']}; torch {report['torch']}; batch {BATCH_SIZE}")
-    print(f"plain in fp32; ours in {report['precision']}, compiled: {compiled}")
-    print("images/s, medians of", report["repeats"], "turns; share of the machine's own matmul in brackets\n")
+def print_table(rows: list[dict[str, Any]]) -> None:
     print("| stage | train: plain | ours | ratio | sample: plain | ours | ratio | GiB: plain | ours | first step, s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for row in report["stages"]:
+    for row in rows:
         cells = [row["stage"]]
         for what, digits in (("train", 0), ("sample", 2)):
             for name in ("plain", "ours"):
@@ -285,7 +279,6 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that keeps CIFAR-10")
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns that each of the two takes")
     parser.add_argument("--seconds", type=whole_number(1), default=5, help="about how long a turn is")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after which the processes are stopped too
     try:
@@ -301,19 +294,11 @@ def main() -> None:
     }
     with tqdm(total=2 * options.repeats * len(options.stages), unit=" turns", disable=None) as bar:
         rows = [measure(stage, options, bar) for stage in options.stages]
-    report = {
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "precision": precision,
-        "compiled": options.compiled,
-        "batch_size": BATCH_SIZE,
-        "sampled": SAMPLED,
-        "repeats": options.repeats,
-        "stages": rows,
-    }
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print_table(report)
+    compiled = " and ".join(what for what, value in options.compiled.items() if value) or "nothing"
+    print(f"{machine(device)}; torch {torch.__version__}; batch {BATCH_SIZE}")
+    print(f"plain in fp32; ours in {precision}, compiled: {compiled}")
+    print("images/s, medians of", options.repeats, "turns; share of the machine's own matmul in brackets\n")
+    print_table(rows)
 
 
 if __name__ == "__main__":

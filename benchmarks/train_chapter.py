@@ -144,15 +144,20 @@ def stage_command(letter: str, command: str, words: list[str], processes: int = 
 def run(command: list[str], deadline: float | None = None) -> int:
     """Runs a command; at the deadline, of `time.monotonic`, and when this process is told to stop, it is asked to end.
 
+    In a session of its own: a signal to the whole process group, as `timeout` and a terminal send, would reach it
+    twice, and a second one kills.
+
     Returns:
         Its exit status; 0 if it was the deadline.
     """
-    with subprocess.Popen(command) as child:
+    with subprocess.Popen(command, start_new_session=True) as child:
 
         def stop(number: int, frame: FrameType | None) -> None:
-            child.terminate()  # after Ctrl-C too, which a terminal sends to the child as well: a second one would kill
+            child.terminate()
 
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [signal.Signals[name] for name in names]
+        previous = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         try:
             return child.wait(None if deadline is None else max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

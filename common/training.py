@@ -104,4 +104,5 @@ class AveragedWeights:
             frozen.copy_(weight)
         buffers = dict(self.model.named_buffers())  # looked up each time: a model may put another in one's place
         for name, buffer in self.module.named_buffers():
-            buffer.copy_(buffers[name])
+            if name in buffers:
+                buffer.copy_(buffers[name])

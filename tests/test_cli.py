@@ -440,13 +440,14 @@ def test_an_optimiser_state_of_another_shape_is_refused_before_anything_is_compi
         assert str(tmp_path / "checkpoint.pt") in error
 
 
+@pytest.mark.parametrize("moved", ["torch.nn.Module.to", "common.run.trainer._fitting_moments"])
 def test_a_device_without_room_is_not_blamed_on_the_checkpoint(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    moved: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def to(self: nn.Module, device: torch.device) -> None:
-        raise RuntimeError("CUDA out of memory")
+    def to(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(moved, to)
     assert run_stage(E, "train", "--resume", "--run-dir", run_dir) == 1
     error = capsys.readouterr().err
     assert "out of memory; try a smaller --batch-size" in error

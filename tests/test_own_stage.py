@@ -466,6 +466,18 @@ class Late(Special):
         return x
 
 
+class Gone(Special):
+    seen: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.ones(1))
+
+    def part(self, x: Tensor) -> Tensor:
+        self.seen = None
+        return x
+
+
 @pytest.mark.parametrize("compile", ["--no-compile", "--compile"])
 @pytest.mark.parametrize(
     ("model", "message"),
@@ -473,6 +485,7 @@ class Late(Special):
         (Object, "a checkpoint of this run could not be read again"),
         (Lambda, "a checkpoint of this run could not be read again"),
         (Late, "the model has gained or lost seen"),
+        (Gone, "the model has gained or lost seen"),
     ],
 )
 def test_what_no_checkpoint_can_carry_is_told_before_the_second_step(

@@ -53,7 +53,6 @@ OTHERS = {  # what else is in the blocks of code, and is tested elsewhere, by ha
     "python3 -m venv .venv && . .venv/bin/activate",
     "python -m pip install -r requirements.txt",
     "python -m pip install -r requirements-dev.txt && python -m pytest",
-    "python benchmarks/mean_colour.py --checkpoint runs/chapter/checkpoint.pt",
     "cp part_g_cifar.py part_h_my_idea.py",
 }
 SHORT = {

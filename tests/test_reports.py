@@ -404,6 +404,7 @@ def test_results_that_cannot_be_written_are_told_before_any_work(
     [
         (("test", "--output", "{0}/a.png", "--trajectory", "{0}/a.png"), "that of --trajectory too"),
         (("test", "--trajectory", "{0}/samples.png"), "that of --trajectory too"),
+        (("test", "--output", "{0}/loop.png", "--trajectory", "{0}/loop.png"), "that of --trajectory too"),
         (("test", "--output", "{0}/grid.jpg"), "--output: the name must end in .png"),
         (("test", "--output", "{0}/folder.png"), "is a folder"),
         (("test", "--output", "{0}/new.png", "--save-images", "{0}/new.png"), "is the folder of --output too"),
@@ -418,6 +419,7 @@ def test_misnamed_results_are_told_before_any_work(
     words: tuple[str, ...], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (trained / "folder.png").mkdir()
+    (trained / "loop.png").symlink_to("loop.png")
     shutil.copy(trained / "checkpoint.pt", trained / "c.png")
     assert run_stage(A, *(word.format(trained) for word in words), "--run-dir", trained) == 2
     error = capsys.readouterr().err

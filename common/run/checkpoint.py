@@ -19,7 +19,6 @@ from common.training import Progress, TrainingOptions
 
 FORMAT = 3
 LOG_COLUMNS = ("epoch", "step", "train_loss", "held_out_loss", "images_per_second", "seconds")
-READABLE = (2, 3)  # 2: there was no option --norm-groups; 1: the norms had other groups
 
 
 @dataclass
@@ -39,11 +38,7 @@ class RunProgress(Progress):
     log: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv, one per completed epoch
 
 
-class _Optional(TypedDict, total=False):
-    scaler: dict[str, Any]  # state of the GradScaler of a run in fp16
-
-
-class Checkpoint(_Optional):
+class Checkpoint(TypedDict):
     """What `checkpoint.pt` holds: tensors and plain Python values, so that `weights_only=True` loads it."""
 
     format: int  # FORMAT of the version that wrote it
@@ -54,6 +49,7 @@ class Checkpoint(_Optional):
     model: dict[str, Tensor]  # state dict of the trained weights
     ema: dict[str, Tensor]  # state dict of the averaged weights
     optimizer: dict[int, Any]  # Adam's moments, of each parameter in turn; None where there never was a gradient
+    scaler: dict[str, Any]  # state of the GradScaler of a run in fp16; otherwise empty
 
 
 EMA_ONLY = ("format", "stage", "model_options", "training_options", "progress", "ema")  # what drawing takes
@@ -114,14 +110,15 @@ def _unpack(file: io.BytesIO, path: Path, stage: str, ema_only: bool = False) ->
         contents = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(contents, dict) or "format" not in contents or "stage" not in contents:
         raise UserError(f"{path}: not a checkpoint of this project")
-    if type(contents["format"]) is not int or contents["format"] not in READABLE:
+    if type(contents["format"]) is not int or contents["format"] != FORMAT:
         raise UserError(
-            f"{path}: written in format {contents['format']}, but this version reads formats "
-            f"{' and '.join(map(str, READABLE))}; train again, or use the version that wrote it"
+            f"{path}: written in format {contents['format']}, but this version reads format {FORMAT}; "
+            "train again, or use the version that wrote it"
         )
     if contents["stage"] != stage:
         raise UserError(f"{path}: a checkpoint of {contents['stage']}.py, not of {stage}.py")
-    missing = set(EMA_ONLY if ema_only else Checkpoint.__required_keys__) - contents.keys()
+    wanted = EMA_ONLY if ema_only else Checkpoint.__annotations__
+    missing = {*wanted} - contents.keys() - {"scaler"}  # which older ones lack
     if missing:
         raise UserError(f"{path}: damaged: it lacks {', '.join(sorted(missing))}")
     with reading(path):
@@ -157,6 +154,8 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what unpacking a damaged or foreign checkpoint raises into a UserError that names the file."""
     try:
         yield
+    except torch.OutOfMemoryError:  # of a GPU
+        raise
     except Exception as error:  # there is no end of what hostile bytes make a reader raise; torch's advice is left out
         reason = "" if isinstance(error, pickle.UnpicklingError) else f": {' '.join(str(error).split())[:200]}"
         raise UserError(f"{path}: not a checkpoint of this project, or a damaged one{reason}") from error

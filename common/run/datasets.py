@@ -83,9 +83,8 @@ def _load_shapes(data_dir: Path) -> np.ndarray:
             return images
     images = draw_shapes(count)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez_compressed(file, images=images)
-    except (OSError, UserError) as error:
+    except UserError as error:
         warn(f"drawn, but not kept for the next time: {error}")
     return images

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from common.run.errors import UsageError, drop_what_nobody_takes
 
-K = TypeVar("K", int, tuple[int, int])
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
@@ -94,7 +93,7 @@ def on_first(function: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def merged(parts: dict[K, T]) -> dict[K, T]:
+def merged(parts: dict[Any, T]) -> dict[Any, T]:
     """The parts of all ranks together, in the order of their keys, on every rank."""
     everyone = [parts] * WORLD_SIZE
     if WORLD_SIZE > 1:

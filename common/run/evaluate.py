@@ -27,7 +27,7 @@ from common.run.checkpoint import atomic_write
 from common.run.datasets import DATASETS, load_images
 from common.run.device import in_precision
 from common.run.errors import UsageError, UserError, counted, printable, say
-from common.run.models import TrainedModel, load_classifier, load_trained
+from common.run.models import load_classifier, load_trained
 from common.run.options import Stage
 from common.run.own_images import check_place
 from common.run.pictures import SAMPLERS, check_outputs
@@ -77,25 +77,20 @@ def evaluate(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]
     report["bits_per_dim"] = {name: mean_over_images(bits)._asdict() for name, bits in bound.by_name().items()}
     report["bits_per_dim"] |= {"exact": options.exact, "images": len(images)}
     if fid_metric:
-        report["fid"] = _fid(fid_metric, trained, options, steps, data(train=True))
+        samples, real = draw(trained, options, options.fid, steps), data(train=True)
+        report["fid"] = {
+            "value": fid(fid_metric, samples, real) if distributed.RANK == 0 else None,
+            "network": options.fid_network,
+            "samples": len(samples),
+            "sampler": options.sampler,
+            "sampling_steps": steps,
+        }
     if distributed.RANK == 0:
         say(_table(report))
         with atomic_write(output) as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
         say(f"{output}: the same and more")
     return 0
-
-
-def _fid(metric: Any, trained: TrainedModel, options: argparse.Namespace, steps: int, images: Tensor) -> Report:
-    samples = draw(trained, options, options.fid, steps)
-    value = fid(metric, samples, images) if distributed.RANK == 0 else None
-    return {
-        "value": value,
-        "network": options.fid_network,
-        "samples": len(samples),
-        "sampler": options.sampler,
-        "sampling_steps": steps,
-    }
 
 
 def _table(report: Report) -> str:
@@ -144,15 +139,13 @@ def new_fid(device: torch.device, feature: Any = INCEPTION) -> Any:
     Raises:
         UserError: it is not installed, or its weights are neither here nor to be had.
     """
-    install = 'install it with: python -m pip install "torchmetrics[image]"'
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise UserError(f"argument --fid: this requires the package torchmetrics; {install}") from error
-    try:
+
         metric = FrechetInceptionDistance(feature, sync_on_compute=False)
-    except ModuleNotFoundError as error:
-        raise UserError(f"argument --fid: torchmetrics lacks the package torch-fidelity; {install}") from error
+    except ImportError as error:  # of torchmetrics, or of torch-fidelity, which it imports
+        install = 'install it with: python -m pip install "torchmetrics[image]"'
+        raise UserError(f"argument --fid: this requires the package torchmetrics, whole; {install}") from error
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(

@@ -131,13 +131,15 @@ def check_outputs(
             raise UsageError(f"argument {option}: the name must end in {' or '.join(endings[option])}, got {path}")
         if not path.parent.is_dir():
             raise UsageError(f"argument {option}: no such folder: {path.parent}")
-        if source and path.resolve() == source.resolve():
+        if source and os.path.realpath(path) == os.path.realpath(source):
             raise UsageError(f"argument {option}: {path} is the checkpoint itself; name another file")
         if path.is_dir():
             raise UsageError(f"argument {option}: {path} is a folder")
         if not _is_writable(path.parent):
             raise UsageError(f"argument {option}: {path.parent} may not be written to; name a file elsewhere")
-        others = [other for other in given if other != option and given[other].resolve() == path.resolve()]
+        others = [
+            other for other in given if other != option and os.path.realpath(given[other]) == os.path.realpath(path)
+        ]
         if others:
             raise UsageError(f"argument {option}: {path} is that of {others[0]} too")
 
@@ -157,7 +159,7 @@ def make_folder(folder: Path, outputs: Mapping[str, Path | None]) -> None:
     if folder.exists() and not _is_writable(folder):
         raise UsageError(f"argument --save-images: {folder} may not be written to; name another folder")
     for option, path in outputs.items():
-        if path and folder.resolve() in (path.resolve(), path.parent.resolve()):
+        if path and os.path.realpath(folder) in (os.path.realpath(path), os.path.realpath(path.parent)):
             raise UsageError(f"argument --save-images: {folder} is the folder of {option} too; name another one")
     folder.mkdir(parents=True, exist_ok=True)
 

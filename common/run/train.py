@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ def train(stage: Stage, options: argparse.Namespace, typed: Mapping[str, Any]) -
         build_model(stage, new_model_options(stage, options), options.seed)
     if options.dataset not in DATASETS:
         distributed.on_first(lambda: check_place(options.dataset))
-        if run_dir.resolve() == Path(options.dataset).resolve():
+        if os.path.realpath(run_dir) == os.path.realpath(options.dataset):
             raise UsageError(f"argument --run-dir: {run_dir} is the folder of the images; name another one")
     is_first = distributed.RANK == 0
     device = pick_device(options.device)

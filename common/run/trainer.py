@@ -135,7 +135,7 @@ class Run(Trainer):
         """All that `restore` needs, and the stage's model options, from which the model can be built again."""
         self.progress.loss_sum = self._loss_sum.item()
         moments = self.optimizer.state_dict()["state"]
-        saved: Checkpoint = {
+        return {
             "format": checkpoint.FORMAT,
             "stage": self.stage,
             "model_options": self.model_options,
@@ -144,10 +144,8 @@ class Run(Trainer):
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimizer": {n: moments.get(n) for n, _ in enumerate(self.model.parameters())},
+            "scaler": self.scaler.state_dict() if self.scaler else {},
         }
-        if self.scaler:
-            saved["scaler"] = self.scaler.state_dict()
-        return saved
 
     def restore(self, saved: Checkpoint, path: Path) -> None:
         """Goes to where `saved`, read from `path`, stopped, with this Run's own options; before the first step."""
@@ -161,7 +159,7 @@ class Run(Trainer):
             state = {n: _fitting_moments(moments[n], p, n) for n, p in parameters if moments[n] is not None}
             param_groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
-            if self.scaler and "scaler" in saved:
+            if self.scaler and saved.get("scaler"):
                 self.scaler.load_state_dict(saved["scaler"])
 
 
