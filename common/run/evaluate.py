@@ -145,7 +145,7 @@ def new_fid(device: torch.device, feature: Any = INCEPTION) -> Any:
         metric = FrechetInceptionDistance(feature, sync_on_compute=False)
     except ImportError as error:  # of torchmetrics, or of torch-fidelity, which it imports
         install = 'install it with: python -m pip install "torchmetrics[image]"'
-        raise UserError(f"argument --fid: this requires the package torchmetrics, whole; {install}") from error
+        raise UserError(f"argument --fid: this requires the package torchmetrics[image]; {install}") from error
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(
