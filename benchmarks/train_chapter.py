@@ -44,6 +44,7 @@ from common.guidance import CLASSES
 from common.run import checkpoint
 from common.run.errors import UserError, drop_what_nobody_takes, say
 from common.run.folder import write_log
+from common.run.loop import STOP_SIGNALS
 from common.run.options import positive_float, whole_number
 from common.run.shapes import draw_shapes
 
@@ -155,9 +156,7 @@ def run(command: list[str], deadline: float | None = None) -> int:
         def stop(number: int, frame: FrameType | None) -> None:
             child.terminate()
 
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        numbers = [signal.Signals[name] for name in names]
-        previous = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        previous = {n: signal.signal(n, stop) for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
         try:
             return child.wait(None if deadline is None else max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

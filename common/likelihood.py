@@ -67,6 +67,8 @@ def loss_by_quarter(losses: Tensor, steps: int, num_images: int | None = None) -
         num_images: how many of the images are different, by default all N. Measuring an image again tells little new,
             so the standard errors are as if each had been measured once: rather too large.
     """
+    if len(losses) % steps or len(losses) < 2 * steps:
+        raise ValueError(f"held-out images: must be a multiple of {steps}, at least {2 * steps}; got {len(losses)}")
     by_time = losses.view(-1, steps)
     error_scale = math.sqrt(len(losses) / (num_images or len(losses)))
     estimates = [stratified_mean(part) for part in (by_time, *by_time.chunk(4, dim=1))]

@@ -264,8 +264,9 @@ def test_a_signal_to_the_whole_group_makes_the_stage_save(tmp_path: Path) -> Non
     command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); {run}"]
     with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as campaign:
         while not (tmp_path / "ready").exists():
+            assert campaign.poll() is None
             time.sleep(0.05)
-        time.sleep(0.5)
+        time.sleep(0.5)  # until `run` waits for it
         os.killpg(campaign.pid, signal.SIGTERM)
         campaign.wait(60)
     assert (tmp_path / "saved").exists()

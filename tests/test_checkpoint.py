@@ -49,7 +49,7 @@ def test_the_file_is_on_the_disk_before_it_is_moved(tmp_path: Path, monkeypatch:
     ("change", "message"),
     [
         ({"stage": "part_b_cifar_more_channels"}, "part_b_cifar_more_channels.py, not of part_a_cifar.py"),
-        ({"format": 2}, "format 2, but this version reads format 3"),
+        ({"format": 1}, "format 1"),
         ({"optimizer": None}, "lacks optimizer"),
         ({"stage": None}, "not a checkpoint of this project"),
     ],
@@ -63,6 +63,18 @@ def test_foreign_checkpoints_are_refused(
     with pytest.raises(UserError, match=message) as error:
         checkpoint.load(path, "part_a_cifar")
     assert str(path) in str(error.value)
+
+
+def test_a_checkpoint_of_the_format_before_is_read(tmp_path: Path, contents: Checkpoint) -> None:
+    """It does not name the options that are new since; they have their defaults."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save({**contents, "format": 2, "model_options": {}}, path)
+    assert torch.equal(
+        checkpoint.load(path, "part_a_cifar")["ema"]["conv_in.weight"], contents["ema"]["conv_in.weight"]
+    )
+    draw = ("--checkpoint", path, "--num-images", 1, "--steps", 1, "--output", tmp_path / "samples.png")
+    assert run_stage("part_a_cifar", "test", *draw) == 0
+    assert run_stage("part_a_cifar", "test", *draw, "--norm-groups", 16) == 2
 
 
 def test_damaged_files_are_refused(tmp_path: Path, contents: Checkpoint) -> None:

@@ -195,6 +195,12 @@ def test_held_out_loss_is_that_of_gaussian_data(schedule: NoiseSchedule) -> None
         assert abs(quarter.mean - expected) < 4 * quarter.standard_error
 
 
+@pytest.mark.parametrize("count", [0, 1000, 1999, 2500])
+def test_a_number_of_images_that_meets_time_steps_unequally_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 1000, at least 2000"):
+        loss_by_quarter(torch.zeros(count), 1000)
+
+
 def test_standard_errors_are_honest() -> None:
     """The means of many repetitions scatter as the standard errors say, whatever lies between the strata."""
     strata = torch.linspace(0, 10, 20)
@@ -336,3 +342,14 @@ def test_eval_measures_the_same_each_time(run_dir: Path, shapes_dir: Path) -> No
     for options, same in ((("--weights", "raw"), set()), (("--seed", "1"), set()), (("--exact",), {"loss"})):
         other = measure(*options)
         assert {name for name in first if other[name] == first[name]} == same
+
+
+def test_fid_without_torch_fidelity_ends_in_one_line(
+    run_dir: Path, shapes_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    assert run_stage(A, "eval", "--data-dir", shapes_dir, "--run-dir", run_dir, "--fid", 10) == 1
+    error = capsys.readouterr().err
+    assert "--fid: this requires the package torchmetrics[image]" in error
+    assert error.count("\n") == 1

@@ -18,6 +18,7 @@ from common.run.errors import UserError
 from common.training import Progress, TrainingOptions
 
 FORMAT = 3
+READABLE = (2, 3)  # 2: there was no option --norm-groups; 1: the norms had other groups
 LOG_COLUMNS = ("epoch", "step", "train_loss", "held_out_loss", "images_per_second", "seconds")
 
 
@@ -110,10 +111,10 @@ def _unpack(file: io.BytesIO, path: Path, stage: str, ema_only: bool = False) ->
         contents = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(contents, dict) or "format" not in contents or "stage" not in contents:
         raise UserError(f"{path}: not a checkpoint of this project")
-    if type(contents["format"]) is not int or contents["format"] != FORMAT:
+    if type(contents["format"]) is not int or contents["format"] not in READABLE:
         raise UserError(
-            f"{path}: written in format {contents['format']}, but this version reads format {FORMAT}; "
-            "train again, or use the version that wrote it"
+            f"{path}: written in format {contents['format']}, but this version reads formats "
+            f"{' and '.join(map(str, READABLE))}; train again, or use the version that wrote it"
         )
     if contents["stage"] != stage:
         raise UserError(f"{path}: a checkpoint of {contents['stage']}.py, not of {stage}.py")

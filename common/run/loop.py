@@ -16,6 +16,7 @@ from common.run.trainer import Run
 
 LOG_HELD_OUT_IMAGES = 2000  # for the held-out loss of every epoch: 1.3 % of an epoch of CIFAR-10
 CHECK_EVERY = 100  # steps between two looks at whether the run is sound, from the first step on
+STOP_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SAVE_EVERY = 10.0  # seconds at least between two checkpoints: on a fast GPU an epoch may take as long as saving does
 
 
@@ -103,8 +104,7 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         signal.signal(number, previous[received[-1]])
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
-    handlers = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     previous = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
     try:
         for number in previous:
