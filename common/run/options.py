@@ -251,7 +251,7 @@ def _add_sampling_options(group: OptionGroup) -> None:
 
 def _add_common_options(group: OptionGroup, stage: Stage) -> None:
     add, devices = group.add_argument, ("auto", "cpu", "cuda", "mps")
-    precision = "auto: bf16 on GPUs and x86 CPUs that have it, fp16 on GPUs that have only that, else fp32"
+    precision = "auto: bf16 on CUDA GPUs and x86 CPUs that have it, fp16 on GPUs that have only that, else fp32"
     compiled = "compile the model, with a C++ compiler (default: in training, on cuda and, in bf16, on CPUs with AMX)"
     add("--run-dir", type=path, default=Path("runs") / stage.name, help="folder of the run")
     add("--device", choices=devices, default="auto", help="auto: the first of cuda, mps, cpu")
