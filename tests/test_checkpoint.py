@@ -31,7 +31,7 @@ def test_the_file_is_on_the_disk_before_it_is_moved(tmp_path: Path, monkeypatch:
     fsync, replace = os.fsync, os.replace
 
     def note_fsync(descriptor: int) -> None:
-        calls.append("fsync")
+        calls.append(f"fsync of {os.fstat(descriptor).st_size} bytes")
         fsync(descriptor)
 
     def note_replace(source: Path, target: Path) -> None:
@@ -42,7 +42,19 @@ def test_the_file_is_on_the_disk_before_it_is_moved(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", note_replace)
     with atomic_write(tmp_path / "file") as file:
         file.write(b"contents")
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync of 8 bytes", "replace"]
+
+
+@pytest.mark.parametrize("change", [{"progress": {"speed": 1}}, {"scaler": {"a": object()}}, {"scaler": {"a": len}}])
+def test_what_load_would_refuse_never_replaces_a_checkpoint(
+    tmp_path: Path, contents: Checkpoint, change: dict[str, Any]
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, contents)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="could not be read again"):
+        checkpoint.save(path, {**contents, **change})  # type: ignore[typeddict-item]
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -65,7 +77,9 @@ def test_foreign_checkpoints_are_refused(
     assert str(path) in str(error.value)
 
 
-def test_a_checkpoint_of_the_format_before_is_read(tmp_path: Path, contents: Checkpoint) -> None:
+def test_a_checkpoint_of_the_format_before_is_read(
+    tmp_path: Path, contents: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It does not name the options that are new since; they have their defaults."""
     path = tmp_path / "checkpoint.pt"
     torch.save({**contents, "format": 2, "model_options": {}}, path)
@@ -75,6 +89,7 @@ def test_a_checkpoint_of_the_format_before_is_read(tmp_path: Path, contents: Che
     draw = ("--checkpoint", path, "--num-images", 1, "--steps", 1, "--output", tmp_path / "samples.png")
     assert run_stage("part_a_cifar", "test", *draw) == 0
     assert run_stage("part_a_cifar", "test", *draw, "--norm-groups", 16) == 2
+    assert f"--norm-groups: 16 contradicts {path}, which was made with the default" in capsys.readouterr().err
 
 
 def test_damaged_files_are_refused(tmp_path: Path, contents: Checkpoint) -> None:

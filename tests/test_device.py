@@ -216,9 +216,11 @@ def test_where_pytorch_refuses_to_compile_the_model_runs_as_it_is(
     assert "install python3-dev" in capsys.readouterr().err
 
 
-def test_training_is_compiled_as_chosen_or_where_that_pays() -> None:
+@pytest.mark.parametrize("amx", [False, True])
+def test_training_is_compiled_as_chosen_or_where_that_pays(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     cpu, gpu, mps = map(torch.device, ("cpu", "cuda", "mps"))
-    assert compiles_training(None, cpu, "bf16") == torch.cpu.get_capabilities().get("amx_bf16", False)
+    assert compiles_training(None, cpu, "bf16") == amx
     for precision in DTYPES:
         assert compiles_training(None, gpu, precision)
         assert not compiles_training(None, mps, precision)
@@ -228,12 +230,15 @@ def test_training_is_compiled_as_chosen_or_where_that_pays() -> None:
             assert not compiles_training(False, device, precision)
 
 
-def test_precision_is_what_is_asked_for_or_what_the_processor_has() -> None:
+@pytest.mark.parametrize(("has", "best"), [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512_f", "fp32")])
+def test_precision_is_what_is_asked_for_or_what_the_processor_has(
+    has: str, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
     cpu = torch.device("cpu")
     for precision in DTYPES:
         assert pick_precision(precision, cpu) == precision
-    has_bf16 = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    assert pick_precision("auto", cpu) == ("bf16" if has_bf16 else "fp32")
+    assert pick_precision("auto", cpu) == best
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_weights_are_the_same_on_every_rank_and_those_of_a_single_process(
     for other, *_ in others:
         assert largest_difference(other, weights) == 0
     assert largest_difference(weights, expected) < 2e-5  # after twelve steps of up to 1e-3
-    for row, expected_row in zip(log_0, log):
+    for row, expected_row in zip(log_0, log, strict=True):
         assert (row["epoch"], row["step"]) == (expected_row["epoch"], expected_row["step"])
         for name in ("train_loss", "held_out_loss"):
             assert row[name] == pytest.approx(expected_row[name], rel=1e-4)
@@ -171,7 +171,7 @@ def test_own_images_are_read_once_and_are_the_same_on_every_rank(tmp_path: Path)
 def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += [f"{A}.py", "train", "--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path)]
-    done = subprocess.run([*command, "--batch-size", "4", "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--batch-size", "4", "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     assert done.stdout.count("\n") == 3
@@ -215,7 +215,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path, shap
         ranks[1].send_signal(signal.SIGTERM)
         for rank in ranks:
             assert rank.wait(timeout=PATIENCE) == 143
-    assert checkpoint.load(tmp_path / "checkpoint.pt", A)["progress"]["step"] > 0
 
 
 def test_pictures_are_the_same_however_many_processes_draw_them(tmp_path: Path, shapes_dir: Path) -> None:
@@ -223,11 +222,11 @@ def test_pictures_are_the_same_however_many_processes_draw_them(tmp_path: Path, 
     assert run_stage(A, "train", *common, "--max-steps", 2) == 0
     pictures = []
     for count in (1, 3):
-        output = tmp_path / f"{count}.png"
+        output, strip = tmp_path / f"{count}.png", tmp_path / f"{count}-strip.png"
         options = ("--num-images", 9, "--batch-size", 2, "--sampler", "ddim", "--steps", 3)
-        files = ("--output", output, "--save-images", tmp_path / f"{count} single")
+        files = ("--output", output, "--trajectory", strip, "--save-images", tmp_path / f"{count} single")
         run_stage_a(count, "test", "--run-dir", tmp_path, *options, *files)
         single = sorted((tmp_path / f"{count} single").iterdir())
-        pictures.append([path.read_bytes() for path in (output, *single)])
+        pictures.append([path.read_bytes() for path in (output, strip, *single)])
         assert len(single) == 9
     assert pictures[0] == pictures[1]

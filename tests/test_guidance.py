@@ -97,7 +97,11 @@ def test_samples_show_the_class_that_is_asked_for(label: str) -> None:
     assert found[1] >= 12
 
 
-def test_test_draws_the_class_that_label_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_draws_the_class_that_label_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+    monkeypatch.setattr("common.run.test.guided", lambda *a: asked.append((CLASSES[a[3]], a[4])) or guided(*a))
     words = ("test", "--pretrained", "--run-dir", tmp_path, "--steps", 3, "--num-images", 2, "--output")
     for name, more in (
         ("plain.png", []),
@@ -110,6 +114,7 @@ def test_test_draws_the_class_that_label_names(tmp_path: Path, capsys: pytest.Ca
     assert f"{tmp_path / 'ship.png'}: 2 images of class ship by ddpm in 3 steps" in out
     assert f"{tmp_path / 'plain.png'}: 2 images by ddpm in 3 steps" in out
     assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 4
+    assert asked == [("ship", 10), ("horse", 10), ("horse", 1)]
 
 
 def test_what_cannot_be_asked_for_is_refused(

@@ -1,7 +1,7 @@
-"""The seven networks: parameters, names, shapes and order of operations."""
+"""The seven networks: parameters, gradients, norms, and what their options change."""
 
+import argparse
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,31 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks import ResnetBlock, TimestepBlockSequential
+from common.run.options import model_defaults
 from part_g_cifar import AttentionBlock
 from tests.conftest import STAGES
 
 PARAMETERS = dict(zip(STAGES, (559_331, 2_215_875, 2_215_875, 1_523_715, 2_017_667, 2_017_667, 2_193_219)))
-
-A_SHAPES = {  # channels and pixels a side of what each module returns
-    "conv_in": (16, 32),
-    "enc1_1": (16, 32),
-    "enc1_2": (32, 32),
-    "downconv1": (32, 16),
-    "enc2_1": (32, 16),
-    "enc2_2": (64, 16),
-    "downconv2": (64, 8),
-    "bottleneck_1": (64, 8),
-    "bottleneck_2": (64, 8),
-    "upconv2": (64, 16),
-    "dec2_1": (64, 16),
-    "dec2_2": (32, 16),
-    "upconv1": (32, 32),
-    "dec1_1": (32, 32),
-    "dec1_2": (16, 32),
-    "norm_out": (16, 32),
-    "conv_out": (3, 32),
-}
-
 
 def make_model(stage: str, **options: Any) -> nn.Module:
     """A stage's model in which no weight is left at zero, so that everything shows in the output."""
@@ -49,19 +29,6 @@ def run(model: nn.Module, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         return model(torch.randn(batch, 3, 32, 32, generator=generator), torch.arange(batch) * 300)
-
-
-def record_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Runs the model and lists what its modules return, in the order in which they do."""
-    calls: list[tuple[str, tuple[int, ...]]] = []
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: calls.append((name, tuple(output.shape[1:])))
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(note(name))
-    run(model)
-    return calls
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -83,16 +50,21 @@ def test_an_untrained_net_predicts_no_noise(stage: str) -> None:
     assert not run(importlib.import_module(stage).Model()).any()
 
 
-@pytest.mark.parametrize("width", [None, 64])
-def test_modules_and_shapes_of_a_to_c(width: int | None) -> None:
-    for stage in STAGES[:1] if width is None else STAGES[1:3]:
-        model = make_model(stage) if width is None else make_model(stage, ch=width)
-        scale = 1 if width is None else width // 16
-        calls = [call for call in record_shapes(model) if call[0] in A_SHAPES]
-        expected = [(name, (c if name == "conv_out" else c * scale, p, p)) for name, (c, p) in A_SHAPES.items()]
-        assert calls == expected
-        top = {name.split(".")[0] for name in model.state_dict()}
-        assert top == {"embed", *A_SHAPES}
+OTHER = {"model_channels": 64, "activation": "relu", "num_res_blocks": 1, "channel_mult": [1, 2], "norm_groups": 1}
+OTHER |= {"attention_resolutions": [8]}  # than the defaults
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_model_option_changes_the_network(name: str) -> None:
+    stage = importlib.import_module(name).stage
+    defaults = model_defaults(stage)
+
+    def built(**change: Any) -> str:
+        with torch.device("meta"):
+            return str(stage.build_model(argparse.Namespace(**{**defaults, **change})))
+
+    for option in defaults:
+        assert built(**{option: OTHER[option]}) != built(), option
 
 
 def test_groups_of_the_norms() -> None:
@@ -117,15 +89,6 @@ def test_activations() -> None:
 def block_widths(block: nn.Module) -> tuple[int, int]:
     resnet = next(m for m in block.modules() if isinstance(m, ResnetBlock))
     return resnet.conv1.in_channels // 32, resnet.conv1.out_channels // 32
-
-
-def test_lists_of_d() -> None:
-    model = make_model("part_d_cifar_arch")
-    inputs, outputs = model.get_submodule("input_blocks"), model.get_submodule("output_blocks")
-    assert isinstance(inputs, nn.ModuleList)
-    assert isinstance(outputs, nn.ModuleList)
-    assert [block_widths(inputs[i]) for i in (1, 2, 4, 5, 7, 8)] == [(1, 1), (1, 1), (1, 2), (2, 2), (2, 2), (2, 2)]
-    assert [block_widths(block) for block in outputs] == [*[(4, 2)] * 5, (3, 2), (3, 1), (2, 1), (2, 1)]
 
 
 @pytest.mark.parametrize(

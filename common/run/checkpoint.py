@@ -155,9 +155,9 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what unpacking a damaged or foreign checkpoint raises into a UserError that names the file."""
     try:
         yield
-    except torch.OutOfMemoryError:  # of a GPU
-        raise
     except Exception as error:  # there is no end of what hostile bytes make a reader raise; torch's advice is left out
+        if "out of memory" in str(error):  # of a GPU
+            raise
         reason = "" if isinstance(error, pickle.UnpicklingError) else f": {' '.join(str(error).split())[:200]}"
         raise UserError(f"{path}: not a checkpoint of this project, or a damaged one{reason}") from error
 

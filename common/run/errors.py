@@ -39,8 +39,9 @@ def printable(text: str) -> str:
 
 def tell(line: str) -> None:
     """Writes a line to stderr, if anybody reads it."""
-    with suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+    with suppress(AttributeError, OSError, ValueError):  # the first where there is none, for which print takes stdout
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def counted(number: int, noun: str) -> str:

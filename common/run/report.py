@@ -63,8 +63,8 @@ class Reporter:
         with only_telling():
             self._show()
         if epoch_is_complete:
-            with only_telling():
-                self.bar.write(self._epoch_line(), file=sys.stderr)
+            with only_telling(), tqdm.external_write_mode(file=sys.stderr):  # between two states of the bar
+                tell(self._epoch_line())
             with only_telling():
                 write_log(self.run_dir / "log.csv", self.run.progress.log)
         if epoch_is_complete and not in_haste:
