@@ -21,6 +21,7 @@ from common.run.cli import main
 from common.run.datasets import load_images
 from common.run.device import pick_precision
 from common.run.options import Stage
+from tests.tiny_run import make_images
 
 # What is promised bit for bit is promised for the CPU, and several processes need no GPU each there. test_device.py
 # also tests a GPU, if it is told which: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_device.py
@@ -59,6 +60,16 @@ def run_stage(name: str, *arguments: object) -> int:
     with pytest.raises(SystemExit) as exit_:
         main(stage, [str(argument) for argument in arguments])
     return int(exit_.value.code or 0)
+
+
+def fails(capsys: pytest.CaptureFixture[str], status: int, name: str, *arguments: object) -> str:
+    """Runs a command that must end in this status, without a word on stdout; returns the one line on stderr."""
+    capsys.readouterr()
+    assert run_stage(name, *arguments) == status
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    return output.err
 
 
 def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen[str]) -> None:
@@ -131,4 +142,4 @@ def short_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def images() -> Tensor:
     """50 images of noise: three batches of 16, and two left over."""
-    return torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return make_images()

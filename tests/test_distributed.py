@@ -171,7 +171,9 @@ def test_own_images_are_read_once_and_are_the_same_on_every_rank(tmp_path: Path)
 def test_torchrun_runs_a_stage(tmp_path: Path, shapes_dir: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += [f"{A}.py", "train", "--dataset", "shapes", "--data-dir", str(shapes_dir), "--run-dir", str(tmp_path)]
-    done = subprocess.run([*command, "--batch-size", "4", "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [*command, "--batch-size", "4", "--max-steps", "2"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     assert done.stdout.count("\n") == 3

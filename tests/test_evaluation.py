@@ -27,7 +27,7 @@ from common.run import evaluate
 from common.run.datasets import load_images
 from common.run.errors import UserError
 from common.run.evaluate import measure_bound, measure_losses
-from tests.conftest import run_stage
+from tests.conftest import fails, run_stage
 
 A = "part_a_cifar"
 CPU = torch.device("cpu")
@@ -349,7 +349,5 @@ def test_fid_without_torch_fidelity_ends_in_one_line(
 ) -> None:
     pytest.importorskip("torchmetrics")
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    assert run_stage(A, "eval", "--data-dir", shapes_dir, "--run-dir", run_dir, "--fid", 10) == 1
-    error = capsys.readouterr().err
+    error = fails(capsys, 1, A, "eval", "--data-dir", shapes_dir, "--run-dir", run_dir, "--fid", 10)
     assert "--fid: this requires the package torchmetrics[image]" in error
-    assert error.count("\n") == 1

@@ -26,7 +26,7 @@ from common.run.folder import locked
 from common.run.loop import train
 from common.run.trainer import Run
 from tests import tiny_run
-from tests.conftest import PATIENCE, ROOT, another_user, run_stage, wait_for_checkpoint
+from tests.conftest import PATIENCE, ROOT, another_user, fails, run_stage, wait_for_checkpoint
 from tests.test_training import assert_same, read_log
 
 A = "part_a_cifar"
@@ -235,10 +235,8 @@ def test_a_folder_that_may_not_be_written_to_is_an_error(tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert run_stage(A, "train", "--run-dir", tmp_path / "file" / "run") == 1
-    error = capsys.readouterr().err
+    error = fails(capsys, 1, A, "train", "--run-dir", tmp_path / "file" / "run")
     assert str(tmp_path / "file") in error
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("fate", ["moved", "removed"])

@@ -15,6 +15,7 @@ from tests.conftest import STAGES
 
 PARAMETERS = dict(zip(STAGES, (559_331, 2_215_875, 2_215_875, 1_523_715, 2_017_667, 2_017_667, 2_193_219)))
 
+
 def make_model(stage: str, **options: Any) -> nn.Module:
     """A stage's model in which no weight is left at zero, so that everything shows in the output."""
     torch.manual_seed(0)

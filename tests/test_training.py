@@ -58,10 +58,21 @@ def read_log(run_dir: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The last checkpoint of a run that nothing interrupted and that drew no pictures."""
-    images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    run_dir = tmp_path_factory.mktemp("uncut")
+    images, run_dir = tiny_run.make_images(), tmp_path_factory.mktemp("uncut")
     train(tiny_run.make_trainer(epochs=3), images, images, run_dir, sample_every=0)
     return dict(checkpoint.load(run_dir / "checkpoint.pt", tiny_run.STAGE))
+
+
+def test_the_optimiser_is_adam_with_its_defaults(images: Tensor) -> None:
+    trainer = tiny_run.make_trainer()
+    plain = tiny_run.make_trainer().model
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    for _ in zip(range(3), trainer.steps(images)):
+        for weight, theirs in zip(plain.parameters(), trainer.model.parameters()):
+            weight.grad = theirs.grad
+        adam.step()
+        for weight, theirs in zip(plain.parameters(), trainer.model.parameters()):
+            torch.testing.assert_close(weight, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("cuts", [[1], [1, 2, 3, 4, 5, 6, 7, 8], [9]])

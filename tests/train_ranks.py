@@ -17,7 +17,6 @@ from tests import tiny_run
 
 def train_rank(folder: Path) -> None:
     """Three epochs of 50 images in batches of 12, so that two are left over."""
-    images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     options = RunOptions(epochs=3, batch_size=12, hflip=True)
     network = tiny_run.Tiny()
@@ -25,7 +24,7 @@ def train_rank(folder: Path) -> None:
     trainer = Run(tiny_run.STAGE, {}, network, options)
     trainer.optimizer.param_groups[0]["eps"] = 1e-2  # or Adam makes much of rounding errors of gradients near zero
     held_out = torch.randint(256, (600, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    train(trainer, images, held_out[:20], folder / "run", sample_every=0)
+    train(trainer, tiny_run.make_images(), held_out[:20], folder / "run", sample_every=0)
 
     shares = torch.zeros(3, dtype=torch.int64)  # how many images this process has put through the model, for what
 
