@@ -36,7 +36,7 @@ class Model(nn.Module):
     Args:
         num_steps: how many time steps there are.
         embed_dim: width of the time step's embedding.
-        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
+        norm_groups: number of groups in every GroupNorm; by default a group has four channels or more.
     """
 
     def __init__(

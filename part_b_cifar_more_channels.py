@@ -35,7 +35,7 @@ class Model(nn.Module):
     Args:
         num_steps: how many time steps there are.
         ch: width of the first convolution, a multiple of 32; the two levels end with 2 and 4 times as many channels.
-        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
+        norm_groups: number of groups in every GroupNorm; by default a group has four channels or more.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class Model(nn.Module):
         num_steps: how many time steps there are.
         ch: width of the first level, a multiple of 32; the others have twice as many channels.
         activation_fn: makes every activation of the network, for example `nn.SiLU`.
-        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
+        norm_groups: number of groups in every GroupNorm; by default a group has four channels or more.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Model(nn.Module):
                 nn.Conv2d(3, ch, kernel_size=3, padding=1),
                 block(ch, ch),
                 block(ch, ch),
-                Downsample(ch, ch),
+                Downsample(ch, ch),  # to 16 x 16
                 block(ch, 2 * ch),
                 block(2 * ch, 2 * ch),
-                Downsample(2 * ch, 2 * ch),
+                Downsample(2 * ch, 2 * ch),  # to 8 x 8
                 block(2 * ch, 2 * ch),
                 block(2 * ch, 2 * ch),
             ]

@@ -42,10 +42,10 @@ class Model(nn.Module):
         image_channels: 3 for colour.
         model_channels: width of the first convolution, a multiple of 32; the levels' widths are multiples of it.
         activation_fn: makes every activation of the network, for example `nn.SiLU`.
-        num_res_blocks: ResnetBlocks per level.
+        num_res_blocks: ResnetBlocks per encoder level and in the middle; a decoder level has one more.
         channel_mult: width of each level in model_channels; a level has half the resolution of the one before.
         num_steps: how many time steps there are.
-        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
+        norm_groups: number of groups in every GroupNorm; by default a group has four channels or more.
     """
 
     def __init__(

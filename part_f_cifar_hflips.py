@@ -1,7 +1,7 @@
 r"""Part F: random horizontal flips.
 
-Part E's network; each training image is flipped left-right with probability 1/2. A mirrored horse is a horse, so the
-50,000 images become 100,000.
+Part E's network; each training image is flipped left-right with probability 1/2, by random_hflip in common/data.py. A
+mirrored horse is a horse, so the 50,000 images become 100,000.
 
     python part_f_cifar_hflips.py train --hflip    # or, its defaults spelled out:
     python part_f_cifar_hflips.py train --batch-size 128 --lr 1e-3 --epochs 120 \
@@ -42,10 +42,10 @@ class Model(nn.Module):
         image_channels: 3 for colour.
         model_channels: width of the first convolution, a multiple of 32; the levels' widths are multiples of it.
         activation_fn: makes every activation of the network, for example `nn.SiLU`.
-        num_res_blocks: ResnetBlocks per level.
+        num_res_blocks: ResnetBlocks per encoder level and in the middle; a decoder level has one more.
         channel_mult: width of each level in model_channels; a level has half the resolution of the one before.
         num_steps: how many time steps there are.
-        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
+        norm_groups: number of groups in every GroupNorm; by default a group has four channels or more.
     """
 
     def __init__(

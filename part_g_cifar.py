@@ -41,7 +41,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = group_norm(in_channels, norm_groups)
         self.qkv = nn.Conv1d(in_channels, 3 * in_channels, kernel_size=1)
-        self.attn = nn.MultiheadAttention(in_channels, num_heads=1, batch_first=True)  # projects once more, in and out
+        self.attn = nn.MultiheadAttention(in_channels, num_heads=1, batch_first=True)  # projects again; once would do
         self.out = nn.Conv1d(in_channels, in_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,11 +59,11 @@ class Model(nn.Module):
         image_channels: 3 for colour.
         model_channels: width of the first convolution, a multiple of 32; the levels' widths are multiples of it.
         activation_fn: makes every activation of the network, for example `nn.SiLU`.
-        num_res_blocks: ResnetBlocks per level.
+        num_res_blocks: ResnetBlocks per encoder level and in the middle; a decoder level has one more.
         channel_mult: width of each level in model_channels; a level has half the resolution of the one before.
         attention_resolutions: side length, in pixels, of the levels whose blocks are followed by attention.
         num_steps: how many time steps there are.
-        norm_groups: number of groups in every GroupNorm; by default each has four channels or more.
+        norm_groups: number of groups in every GroupNorm; by default a group has four channels or more.
     """
 
     def __init__(
@@ -149,6 +149,7 @@ class Model(nn.Module):
 
 
 def attention_resolutions(group: options.OptionGroup) -> None:
+    """The option --attention-resolutions."""
     text = "side length, in pixels, of the levels that have attention"
     group.add_argument("--attention-resolutions", type=options.whole_number(1, 32), nargs="*", default=[16], help=text)
 

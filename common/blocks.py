@@ -39,7 +39,7 @@ def group_norm(channels: int, norm_groups: int | None = None) -> nn.GroupNorm:
 class PositionalEncoding(nn.Module):
     """The sinusoids of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), looked up by time step.
 
-    Column 2k is sin(t / 10000^(2k/dim)), column 2k + 1 is cos of the same angle.
+    Column 2k is sin(t / 10000^(2k/dim)), column 2k + 1 is cos of the same angle: neighbouring steps look alike.
 
     Args:
         dim: width of the encoding, even.

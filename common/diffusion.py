@@ -1,6 +1,7 @@
 """The theory on one page: noise goes in, the network predicts it, noise goes out (DDPM, arXiv:2006.11239).
 
 Images are float32 (B, C, H, W), clean ones in [-1, 1]. A time step `t` is an int64 tensor (B,) with 0 <= t < steps.
+Numbers of equations are the paper's; docs/theory.md explains them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,8 @@ class NoiseSchedule(nn.Module):
     def strided(self, times: Sequence[int]) -> "NoiseSchedule":
         """The same noising process in fewer, larger steps: step i of it has the alpha_bar of step `times[i]` here.
 
-        `times` must ascend. The new beta follows from these alpha_bar (Improved DDPM, arXiv:2102.09672, section 4).
+        `times` must ascend. The new alpha is the quotient of neighbouring alpha_bar (Improved DDPM, arXiv:2102.09672,
+        section 4).
         """
         alpha_bar = self._exact_alpha_bar[list(times)]
         return NoiseSchedule(beta=1 - alpha_bar / _previous(alpha_bar)).to(self.beta.device)

@@ -53,7 +53,7 @@ def guided(
     label: int,
     scale: float,
 ) -> NoisePredictor:
-    """Turns `predict_noise` into a noise predictor that steers the samples towards the class `label` (eq. 14).
+    """Turns `predict_noise` into one that steers the samples towards the class `label` (that paper's eq. 14).
 
     The paper uses this for DDIM. For DDPM it shifts each step's mean by scale * variance * gradient; this shifts it by
     scale * beta / sqrt(alpha) * gradient, nearly the same until the last steps, whose variance is far below beta.

@@ -85,7 +85,10 @@ def mean_over_images(values: Tensor) -> Estimate:
 
 
 class Bound(NamedTuple):
-    """The parts of the variational bound, in bits per dimension, one value per image."""
+    """The parts of the variational bound, in bits per dimension, one value per image.
+
+    It adds up what it costs to store x_T, then each step back from it, and at last the colours.
+    """
 
     prior: Tensor  # what the noisiest time step still tells of the image
     kl: Tensor  # the sum of the KL terms of t = 1 to the noisiest step
@@ -137,7 +140,10 @@ def kl_ranges(steps: int, exact: bool) -> list[tuple[int, int]]:
 
 
 def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    """KL of q(x_T | x0) from the standard normal distribution, in nats, float64 (B,). x0: (B, C, H, W)."""
+    """KL of q(x_T | x0) from the standard normal distribution, in nats, float64 (B,). x0: (B, C, H, W).
+
+    That of N(m, v) is (m^2 + v - 1 - log v) / 2.
+    """
     alpha_bar = schedule.alpha_bar[-1].cpu().double()  # to the CPU first: not every GPU has float64
     kl = (alpha_bar * x0.cpu().double().square() - alpha_bar - torch.log1p(-alpha_bar)) / 2
     return kl.sum(dim=(1, 2, 3))

@@ -99,6 +99,7 @@ class AveragedWeights:
     def update(self, n: int) -> None:
         """Averages in the model's weights as they are now, after `n` updates."""
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        # averaged = decay * averaged + (1 - decay) * current, for all weights at once
         get_ema_multi_avg_fn(decay)(self._averaged, self._current, n)
         for frozen, weight in self._frozen:
             frozen.copy_(weight)
