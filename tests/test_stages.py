@@ -51,8 +51,14 @@ def test_an_untrained_net_predicts_no_noise(stage: str) -> None:
     assert not run(importlib.import_module(stage).Model()).any()
 
 
-OTHER = {"model_channels": 64, "activation": "relu", "num_res_blocks": 1, "channel_mult": [1, 2], "norm_groups": 1}
-OTHER |= {"attention_resolutions": [8]}  # than the defaults
+NOT_THE_DEFAULTS = {
+    "model_channels": 64,
+    "activation": "relu",
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "attention_resolutions": [8],
+    "norm_groups": 1,
+}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -65,7 +71,7 @@ def test_every_model_option_changes_the_network(name: str) -> None:
             return str(stage.build_model(argparse.Namespace(**{**defaults, **change})))
 
     for option in defaults:
-        assert built(**{option: OTHER[option]}) != built(), option
+        assert built(**{option: NOT_THE_DEFAULTS[option]}) != built(), option
 
 
 def test_groups_of_the_norms() -> None:

@@ -63,7 +63,7 @@ class Reporter:
         with only_telling():
             self._show()
         if epoch_is_complete:
-            with only_telling(), tqdm.external_write_mode(file=sys.stderr):  # between two states of the bar
+            with only_telling(), tqdm.external_write_mode(file=sys.stderr):  # above the bar
                 tell(self._epoch_line())
             with only_telling():
                 write_log(self.run_dir / "log.csv", self.run.progress.log)
