@@ -80,14 +80,15 @@ def test_foreign_checkpoints_are_refused(
 def test_a_checkpoint_of_the_format_before_is_read(
     tmp_path: Path, contents: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It does not name the options that are new since; they have their defaults."""
+    """It does not name what is new since, which has its default."""
     path = tmp_path / "checkpoint.pt"
-    torch.save({**contents, "format": 2, "model_options": {}}, path)
+    torch.save({**contents, "format": 2, "model_options": {}, "training_options": {}, "progress": {"epoch": 3}}, path)
     assert torch.equal(
         checkpoint.load(path, "part_a_cifar")["ema"]["conv_in.weight"], contents["ema"]["conv_in.weight"]
     )
     draw = ("--checkpoint", path, "--num-images", 1, "--steps", 1, "--output", tmp_path / "samples.png")
     assert run_stage("part_a_cifar", "test", *draw) == 0
+    assert "after 3 epochs, 0 steps of training" in capsys.readouterr().out
     assert run_stage("part_a_cifar", "test", *draw, "--norm-groups", 16) == 2
     assert f"--norm-groups: 16 contradicts {path}, which was made with the default" in capsys.readouterr().err
 

@@ -470,6 +470,7 @@ LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "l
     ("environment", "reason"),
     [
         ({"WORLD_SIZE": "2"}, "RANK expected"),
+        ({"WORLD_SIZE": "2", "RANK": "", "LOCAL_RANK": ""}, "RANK expected"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR expected"),
         ({name: LAUNCHED[name] for name in LAUNCHED if name != "MASTER_PORT"}, "MASTER_PORT expected"),
     ],

@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
@@ -122,9 +122,9 @@ def _unpack(file: io.BytesIO, path: Path, stage: str, ema_only: bool = False) ->
     missing = {*wanted} - contents.keys() - {"scaler"}  # which older ones lack
     if missing:
         raise UserError(f"{path}: damaged: it lacks {', '.join(sorted(missing))}")
-    with reading(path):
-        RunOptions(**contents["training_options"])
-        RunProgress(**contents["progress"])
+    with reading(path):  # what it lacks, being older, has its default
+        contents["training_options"] = asdict(RunOptions(**contents["training_options"]))
+        contents["progress"] = asdict(RunProgress(**contents["progress"]))
     return contents  # type: ignore[return-value]
 
 

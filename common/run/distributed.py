@@ -22,8 +22,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # a slow download of the data; that a process has died is noticed at once
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # how many processes there are
-RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # of all of them
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0  # of those on this machine
+RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # of all of them
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0) if WORLD_SIZE > 1 else 0  # of those on this machine
 
 
 def start() -> None:
